@@ -1,0 +1,39 @@
+"""A stability gauge for training runs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Loaded on first use (PEP 562), so that a TensorBoard server that imports the package does not import torch.
+_PLACES = {
+    "EdgeOfStabilityMonitor": "callbacks.edge_of_stability",
+    "StabilityProbe": "stability.probe",
+    "measure_stability": "stability.reading",
+    "StabilityReading": "stability.reading",
+    "critical_curvature": "stability.thresholds",
+    "CriticalCurvature": "stability.thresholds",
+    "register_critical_curvature": "stability.thresholds",
+    "HessianOperator": "curvature.hessian",
+    "lanczos": "curvature.lanczos",
+    "Spectrum": "curvature.lanczos",
+    "InstabilityDetector": "stability.detector",
+    "Verdict": "stability.detector",
+    "Alert": "alerts",
+}
+
+__all__ = [*_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

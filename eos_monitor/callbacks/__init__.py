@@ -1,0 +1,1 @@
+"""Lightning callbacks, for ``lightning.pytorch`` and ``pytorch_lightning`` alike."""

@@ -1,0 +1,394 @@
+"""The monitor for Lightning."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eos_monitor.alerts import Sink, alert_of, check_alerts
+from eos_monitor.callbacks._compat import Callback, MisconfigurationException
+from eos_monitor.callbacks.outputs import RunOutputs, describe_threshold, group_names
+from eos_monitor.callbacks.trainer_sandbox import TrainerSandbox
+from eos_monitor.curvature.sandbox import LossFn
+from eos_monitor.dashboard.report import run_report
+from eos_monitor.stability.detector import Verdict
+from eos_monitor.stability.engine import Engine
+from eos_monitor.stability.reading import Measurement, StabilityReading
+
+_LOSS_POINTS = 4000  # kept for the figure; thinned out beyond
+_SYNC_EVERY = 64  # losses on an accelerator are read in lots, one synchronization each
+
+
+class EdgeOfStabilityMonitor(Callback):
+    r"""Show, while a run goes on, how far its optimizer is from the edge of stability.
+
+    One reading is the largest eigenvalue of C^-½ (H + W) C^-½ on a fixed probe of training data, with C the curvature
+    that the optimizer in use can bear: the edge ratio, 1 at the full-batch edge of every optimizer that has one. The
+    run is not changed: weights, optimizer state, buffers, gradients, generators and logged metrics are what they would
+    be without the monitor.
+
+    The loss is ``loss_fn(pl_module, batch)`` if given, else ``pl_module.curvature_loss(batch)`` if defined, else
+    ``training_step`` (not under manual optimization).
+
+    ============================  =====================================================================
+    key                           meaning
+    ============================  =====================================================================
+    ``eos/edge_ratio``            1 at the full-batch edge
+    ``eos/error``                 RMS error of the edge ratio
+    ``eos/normalized_sharpness``  edge ratio · threshold; lr·λ_max(H) for gradient descent
+    ``eos/threshold``             its limit: 2 for gradient descent, 38 for Adam with β1 = 0.9 …
+    ``eos/sharpness``             λ_max(H)
+    ``eos/edge_scale``            factor on all learning rates at which the edge ratio would be 1
+    ``eos/edge_lr[/<group>]``     learning rates at the full-batch edge
+    ``eos/verdict``               −1 unknown, 0 warming up, 1 stable, 3 edge, 5 diverging
+    ``eos/matvecs``               Hessian-vector products of the reading
+    ``eos/overhead``              the monitor's share of the training time so far
+    ============================  =====================================================================
+
+    A value that is None is not logged. Rows go to every logger under the step that Lightning logs under, and to
+    ``eos_readings.jsonl`` in the log folder; a figure is drawn at the end of fit.
+
+    Args:
+        every_n_steps: Optimizer steps between readings; None for as often as ``max_overhead`` allows.
+        max_overhead: Share of the training time that readings may take, in (0, 1].
+        loss_fn: ``loss_fn(pl_module, batch)`` -> scalar mean loss.
+        probe: ``"fixed"`` (copies of the first training batches, on the CPU), ``"batch"`` (the batch of the step), or
+            an iterable of batches.
+        probe_samples: Samples to collect for ``"fixed"``, in whole batches.
+        k: Number of eigenvalues per reading.
+        rtol: Relative residual of a reading.
+        raw_sharpness: Solve for λ_max(H) too where it does not follow from the edge ratio, at the cost of a second
+            solve.
+        alerts: What to do on a change of verdict: ``"log"``, or functions of an :class:`Alert`.
+        enabled: Switch; the environment variable ``EOS_MONITOR=off`` switches every monitor off.
+        name: First part of the log keys and file names.
+        full_batch: Whether the probe is all the data that a step uses; None finds out (an epoch is one step on it).
+        batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.
+        max_matvecs: Bound on the Hessian-vector products of one solve.
+        seed: Seed of start vectors and jitter.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If an alert is neither a name nor callable.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[EdgeOfStabilityMonitor()], logger=False)  # doctest: +SKIP
+        >>> trainer.fit(module, loader)  # doctest: +SKIP
+        >>> print(trainer.callbacks[0].report())  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        max_overhead: float = 0.05,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        probe: str | Iterable[Any] = "fixed",
+        probe_samples: int = 256,
+        k: int = 1,
+        rtol: float = 1e-2,
+        raw_sharpness: bool = False,
+        alerts: Sequence[str | Sink] = ("log",),
+        enabled: bool = True,
+        name: str = "eos",
+        full_batch: bool | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        max_matvecs: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not name or "/" in name:
+            raise ValueError(f"Expected a `name` without '/', got {name!r}.")
+        check_alerts(alerts)
+        self.name = name
+        self._loss_fn, self._alerts, self._enabled, self._full_batch = loss_fn, tuple(alerts), enabled, full_batch
+        self._settings: dict[str, Any] = {
+            "every_n_steps": every_n_steps,
+            "max_overhead": max_overhead,
+            "probe": probe,
+            "probe_samples": probe_samples,
+            "k": k,
+            "rtol": rtol,
+            "max_matvecs": max_matvecs,
+            "raw_sharpness": raw_sharpness,
+            "batch_size_fn": batch_size_fn,
+            "seed": seed,
+        }
+        self._pending: Measurement | None = None
+        self._finished: StabilityReading | None = None
+        self._reset()
+
+    # ------------------------------------------------------------------ what users read
+
+    @property
+    def readings(self) -> list[StabilityReading]:
+        """All readings of the last fit, oldest first."""
+        return self._engine.readings
+
+    @property
+    def verdict(self) -> Verdict:
+        """Verdict as of the last step."""
+        return self._engine.verdict
+
+    def report(self) -> str:
+        """Tell the run in a few sentences."""
+        changes = [(step, verdict.name) for step, verdict in self._engine.verdicts]
+        return run_report(self._engine.rows, changes, self._engine.schedule.overhead)
+
+    @property
+    def state_key(self) -> str:
+        """Key of this monitor's state in a checkpoint."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the detector's state as plain Python values."""
+        return {"detector": self._engine.detector.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned. The first reading after it is a cold one."""
+        self._engine.detector.load_state_dict(state_dict["detector"])
+
+    # ------------------------------------------------------------------ hooks
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Start afresh for a new fit."""
+        if stage == "fit" and self._used:
+            self._reset()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the configuration, write the layout, and get lazy initialization out of the way."""
+        self._used, self._active = True, False
+        if not self._enabled or os.environ.get("EOS_MONITOR", "").lower() == "off":
+            return
+        if trainer.barebones or trainer.world_size > 1:
+            why = "Trainer(barebones=True)" if trainer.barebones else f"{trainer.world_size} processes"
+            self._engine.turn_off(f"It does not measure with {why} yet.")
+            return
+        self._loss, self._loss_source = _resolve_loss(self._loss_fn, pl_module)
+        self._outputs = RunOutputs(trainer, self.name, self._alerts, self._engine.warn_once)
+        self._outputs.layout()
+        self._active = True
+        with self._engine.schedule.own_time(startup=True):
+            _first_double_backward(pl_module.device)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start the clock."""
+        self._window: int | None = None
+        self._engine.schedule.begin(_step(trainer))
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Measure, if this micro-batch opens an optimizer step at which a reading is due."""
+        if not self._active:
+            return
+        with self._engine.schedule.own_time():
+            self._guarded(self._collect, trainer, batch, batch_idx)
+            step = _step(trainer)
+            if step == self._window:
+                return
+            self._window = step
+            self._write_leftover(trainer)
+            if self._engine.due(step):
+                self._pending = self._measure(trainer, pl_module, batch, step)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Read the learning rates that the step uses."""
+        if self._active and self._pending is not None and self._finished is None:
+            with self._engine.schedule.own_time():
+                self._finished = self._pending.at(trainer.optimizers)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Write the reading of this step, and take in its loss."""
+        if not self._active:
+            return
+        with self._engine.schedule.own_time():
+            self._batch_ended = True
+            self._collect_loss(trainer, pl_module, outputs)
+            if self._finished is not None:
+                self._write(trainer, self._finished)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take a last reading if there is none yet or the budget has room, and draw the figure."""
+        if not self._active:
+            return
+        engine, step = self._engine, _step(trainer)
+        with engine.schedule.own_time():
+            self._write_leftover(trainer)
+            self._flush_losses(trainer)
+            engine.samples.close()
+            on_time = engine.due(step) if engine.schedule.every_n_steps else engine.schedule.affordable()
+            if engine.off is None and engine.samples.full and (on_time or not engine.readings):
+                measurement = self._measure(trainer, pl_module, None, step)
+                if measurement is not None:
+                    self._write(trainer, measurement.reading)
+        self._finish()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Draw the figure of what there is."""
+        if self._active:
+            self._finish()
+
+    # ------------------------------------------------------------------ inside
+
+    def _reset(self) -> None:
+        self._engine = Engine(**self._settings)
+        self._used = self._active = self._batch_ended = self._introduced = False
+        self._pending = self._finished = None
+        self._unread_losses: list[tuple[int, Tensor, float]] = []
+        self._losses: list[tuple[int, float]] = []
+
+    def _collect(self, trainer: Any, batch: Any, batch_idx: int) -> None:
+        samples = self._engine.samples
+        if not samples.full:
+            if trainer.current_epoch > 0 and batch_idx == 0:
+                samples.close()  # the first epoch had fewer samples than were asked for
+            samples.observe(batch)
+            if batch_idx + 1 >= trainer.num_training_batches:
+                samples.close()
+
+    def _measure(self, trainer: Any, pl_module: Any, batch: Any, step: int) -> Measurement | None:
+        return self._engine.measure(
+            pl_module,
+            self._loss,
+            trainer.optimizers,
+            step=step,
+            batch=batch,
+            full_batch=self._is_full_batch(trainer),
+            sandbox=TrainerSandbox(trainer, pl_module),
+        )
+
+    def _is_full_batch(self, trainer: Any) -> bool:
+        if self._full_batch is not None:
+            return self._full_batch
+        samples, batches = self._engine.samples, trainer.num_training_batches
+        one_step_an_epoch = batches == 1 or trainer.accumulate_grad_batches >= batches
+        if samples.kind == "batch":
+            return bool(batches == 1)
+        return bool(one_step_an_epoch and samples.kind == "fixed" and samples.seen == batches and samples.whole)
+
+    def _write_leftover(self, trainer: Any) -> None:
+        """Write a reading whose step never came to its optimizer; drop one whose epoch was skipped."""
+        if self._pending is not None and self._batch_ended:
+            self._write(trainer, self._pending.reading)
+        self._pending = self._finished = None
+        self._batch_ended = False
+
+    def _write(self, trainer: Any, reading: StabilityReading) -> None:
+        self._pending = self._finished = None
+        before = self._engine.verdict
+        verdict = self._engine.take(reading)
+        self._introduce(reading)
+        self._outputs.row(self._engine.rows[-1], int(verdict), group_names(trainer.optimizers))
+        self._announce(reading.step, before, reading, None)
+
+    def _introduce(self, reading: StabilityReading) -> None:
+        if self._introduced or not reading.ready:
+            return
+        self._introduced = True
+        schedule = self._engine.schedule
+        if schedule.every_n_steps is not None:
+            cadence = f"one every {schedule.every_n_steps} steps"
+        else:
+            seconds = schedule.predicted_cost / schedule.max_overhead
+            cadence = f"one about every {seconds:.2g} s of training ({schedule.max_overhead:.0%} of the time)"
+        self._outputs.say(
+            f"loss from {self._loss_source}; probe: {self._engine.samples.describe()}; {describe_threshold(reading)}; "
+            f"first reading {reading.seconds:.2g} s ({reading.matvecs} products), then {cadence}; start-up "
+            f"{schedule.startup:.2g} s"
+        )
+
+    def _announce(self, step: int, before: Verdict, reading: StabilityReading | None, loss: float | None) -> None:
+        verdict = self._engine.verdict
+        if verdict != before:
+            self._outputs.alert(alert_of(step, verdict, before, reading, loss))
+
+    def _collect_loss(self, trainer: Any, pl_module: Any, outputs: Any) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            return
+        # Lightning hands out the loss divided by the number of accumulated batches.
+        factor = float(trainer.accumulate_grad_batches) if pl_module.automatic_optimization else 1.0
+        self._unread_losses.append((_step(trainer), loss.detach(), factor))
+        if loss.device.type == "cpu" or len(self._unread_losses) >= _SYNC_EVERY:
+            self._flush_losses(trainer)
+
+    def _flush_losses(self, trainer: Any) -> None:
+        for step, tensor, factor in self._unread_losses:
+            loss, before = float(tensor) * factor, self._engine.verdict
+            self._engine.take_loss(step, loss)
+            self._announce(step, before, self.readings[-1] if self.readings else None, loss)
+            if math.isfinite(loss):
+                self._losses.append((step, loss))
+        self._unread_losses = []
+        if len(self._losses) > _LOSS_POINTS:
+            self._losses = self._losses[::2]
+
+    def _finish(self) -> None:
+        self._active = False
+        if not self._engine.rows:
+            return
+        path = self._outputs.figure(self._engine.rows, self._losses)
+        self._outputs.say(self.report().replace("\n", " ") + (f" Figure: {path}" if path else ""))
+
+    def _guarded(self, action: Callable[..., None], *args: Any) -> None:
+        try:
+            action(*args)
+        except Exception as error:
+            self._engine.turn_off(f"The probe cannot be collected: {error}")
+
+
+class _TrainingStepLoss:
+    """The module's own training step as a loss function."""
+
+    def __init__(self, takes_batch_idx: bool) -> None:
+        self._takes_batch_idx = takes_batch_idx
+
+    def __call__(self, pl_module: Any, batch: Any) -> Tensor:
+        output = pl_module.training_step(*((batch, 0) if self._takes_batch_idx else (batch,)))
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if loss is None:
+            raise RuntimeError("Expected training_step to return a loss, got None.")
+        return loss  # type: ignore[no-any-return]
+
+
+def _curvature_loss(pl_module: Any, batch: Any) -> Tensor:
+    return pl_module.curvature_loss(batch)  # type: ignore[no-any-return]
+
+
+def _resolve_loss(loss_fn: LossFn | None, pl_module: Any) -> tuple[LossFn, str]:
+    if loss_fn is not None:
+        return loss_fn, "loss_fn"
+    if callable(getattr(pl_module, "curvature_loss", None)):
+        return _curvature_loss, "curvature_loss"
+    remedy = "Pass EdgeOfStabilityMonitor(loss_fn=...) or define curvature_loss(self, batch) on the module."
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            "EdgeOfStabilityMonitor expected a loss that can be evaluated without stepping, got a training_step under "
+            f"manual optimization. {remedy}"
+        )
+    names = list(inspect.signature(pl_module.training_step).parameters)
+    if "dataloader_iter" in names:
+        raise MisconfigurationException(
+            "EdgeOfStabilityMonitor expected a training_step of one batch, got one that draws from dataloader_iter, "
+            f"which would consume the user's data. {remedy}"
+        )
+    return _TrainingStepLoss(len(names) > 1), "training_step"
+
+
+def _step(trainer: Any) -> int:
+    """Return the step that Lightning logs under: optimizer-step windows since the start."""
+    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def _first_double_backward(device: torch.device) -> None:
+    """Pay autograd's lazy initialization now, so that it is not charged to the first reading."""
+    with torch.inference_mode(False), torch.enable_grad():
+        w = torch.zeros(2, 2, device=device, requires_grad=True)
+        loss = nn.functional.linear(torch.ones(1, 2, device=device), w).tanh().square().sum()
+        (gradient,) = torch.autograd.grad(loss, w, create_graph=True)
+        torch.autograd.grad(gradient.sum(), w)

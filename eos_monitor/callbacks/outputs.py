@@ -1,0 +1,161 @@
+"""Where a monitored run's numbers go: loggers, the log folder, alerts, the figure."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eos_monitor.alerts import Alert, Sink, sinks_of
+from eos_monitor.dashboard.layout import custom_scalars_layout
+from eos_monitor.stability.engine import append_jsonl
+from eos_monitor.stability.reading import StabilityReading
+
+# Row keys that every logger gets, in this order.
+_SCALARS = (
+    "sharpness",
+    "normalized_sharpness",
+    "threshold",
+    "edge_ratio",
+    "error",
+    "edge_scale",
+    "matvecs",
+    "overhead",
+)
+
+
+class RunOutputs:
+    """Writes to whatever is attached to a Trainer. An output that fails is told once and never stops the run.
+
+    Args:
+        trainer: The Trainer, of either package.
+        name: First part of the log keys.
+        alerts: Names of sinks, or functions of an alert.
+        warn_once: ``warn_once(topic, message)``.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        name: str,
+        alerts: Sequence[str | Sink],
+        warn_once: Callable[[str, str], None],
+    ) -> None:
+        self._trainer, self._name, self._warn_once = trainer, name, warn_once
+        self._log = lightning_logger(trainer)
+        self._sinks = sinks_of(alerts, self._log)
+        # All ranks have to ask: log_dir broadcasts.
+        folder = trainer.log_dir or trainer.default_root_dir
+        self.folder = None if trainer.fast_dev_run or not trainer.is_global_zero else Path(folder)
+
+    def say(self, message: str) -> None:
+        """Log one line where Lightning logs its own."""
+        if self._trainer.is_global_zero:
+            self._log.info("eos_monitor: %s", message)
+
+    def layout(self) -> None:
+        """Write the custom-scalars layout to every TensorBoard logger."""
+        for writer in self._experiments("add_custom_scalars"):
+            self._guard("layout", writer.add_custom_scalars, custom_scalars_layout(self._name))
+
+    def row(self, row: Mapping[str, Any], verdict: int, group_names: Sequence[str]) -> None:
+        """Write one reading to every logger, under its step, and to the file."""
+        metrics = {f"{self._name}/{key}": row[key] for key in _SCALARS if row.get(key) is not None}
+        metrics[f"{self._name}/verdict"] = verdict
+        rates = row["edge_lr"] or ()
+        for name, rate in zip(group_names, rates, strict=False):
+            metrics[f"{self._name}/edge_lr" + (f"/{name}" if len(rates) > 1 else "")] = rate
+        for logger in self._trainer.loggers:
+            self._guard("logger", logger.log_metrics, metrics, row["step"])
+        self._guard("file", self._to_file, dict(row))
+
+    def alert(self, alert: Alert) -> None:
+        """Pass an alert to the sinks and to every logger that takes text."""
+        if not self._trainer.is_global_zero:
+            return
+        for sink in self._sinks:
+            self._guard("sink", sink, alert)
+        key = f"{self._name}/alerts"
+        for writer in self._experiments("add_text"):
+            self._guard("text", writer.add_text, key, alert.message, alert.step)
+        for logger in self._trainer.loggers:
+            if callable(getattr(type(logger), "log_text", None)):  # WandbLogger
+                self._guard("text", logger.log_text, key, ["step", "message"], [[alert.step, alert.message]])
+
+    def figure(self, rows: Sequence[Mapping[str, Any]], losses: Sequence[tuple[int, float]]) -> Path | None:
+        """Draw the run, to a PNG in the log folder and to TensorBoard; return the PNG's path."""
+        if not rows or self.folder is None:
+            return None
+        try:
+            from eos_monitor.dashboard.figures import run_figure
+
+            figure = run_figure(rows, losses, title=f"{self._name}: edge of stability")
+        except ImportError:
+            self.say("no figure, because matplotlib is missing: pip install 'eos-monitor[plot]'")
+            return None
+        path = self.folder / f"{self._name}_run.png"
+        self._guard("figure", self._save, figure, path)
+        return path if path.exists() else None
+
+    def _save(self, figure: Any, path: Path) -> None:
+        import numpy as np
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        canvas: Any = FigureCanvasAgg(figure)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+        for writer in self._experiments("add_image"):
+            writer.add_image(f"{self._name}/run", pixels, self._trainer.global_step, dataformats="HWC")
+
+    def _to_file(self, row: dict[str, Any]) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            append_jsonl(self.folder / f"{self._name}_readings.jsonl", row)
+
+    def _experiments(self, method: str) -> list[Any]:
+        """Experiments of the loggers that have ``method``; by name, because there are two packages."""
+        if not self._trainer.is_global_zero or self._trainer.fast_dev_run:
+            return []
+        found = [getattr(logger, "experiment", None) for logger in self._trainer.loggers]
+        return [experiment for experiment in found if callable(getattr(experiment, method, None))]
+
+    def _guard(self, topic: str, action: Callable[..., Any], *args: Any) -> None:
+        try:
+            action(*args)
+        except Exception as error:
+            self._warn_once(topic, f"eos_monitor: an output ({topic}) failed; training goes on. {error!r}")
+
+
+def lightning_logger(trainer: Any) -> logging.Logger:
+    """Return a child of the logger of the Trainer's own package, so that its users' settings hold."""
+    package = type(trainer).__module__
+    root = "pytorch_lightning" if package.startswith("pytorch_lightning") else "lightning.pytorch"
+    return logging.getLogger(f"{root}.eos_monitor")
+
+
+def group_names(optimizers: Sequence[Any]) -> list[str]:
+    """Name parameter groups as LearningRateMonitor does for optimizers without a named scheduler."""
+    names: list[str] = []
+    seen: dict[str, int] = {}
+    for optimizer in optimizers:
+        kind = type(optimizer).__name__
+        count = seen.get(kind, 0)
+        seen[kind] = count + 1
+        base = f"lr-{kind}" + (f"-{count}" if count else "")
+        groups = optimizer.param_groups
+        names += [
+            base if len(groups) == 1 else f"{base}/{group.get('name', f'pg{i + 1}')}" for i, group in enumerate(groups)
+        ]
+    return names
+
+
+def describe_threshold(reading: StabilityReading) -> str:
+    """Return the threshold of a reading in words."""
+    if reading.threshold is not None:
+        return f"threshold {reading.threshold:.4g}"
+    if reading.edge_ratio is not None:
+        return "different thresholds in different groups"
+    return "no threshold: " + ("; ".join(reading.notes) or "unknown")

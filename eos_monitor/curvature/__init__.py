@@ -1,0 +1,1 @@
+"""Curvature of a loss: the sandbox it is evaluated in, Hessian-vector products, eigenvalues."""

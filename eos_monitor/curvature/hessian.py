@@ -1,0 +1,318 @@
+"""Products with the Hessian of a mean loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eos_monitor.curvature.sandbox import LossFn, Sandbox, batch_tensors, preserve_rng
+
+METHODS = ("auto", "double-backward")
+
+# Steps of the self-check along a unit vector. In double precision they are so small that hardly any kink (ReLU,
+# max-pooling) lies within reach, which is what makes the comparison sharp; in float32 rounding forbids that.
+_DOUBLE_STEPS = (1e-7, 1e-6)
+_FLOAT_STEPS = (1e-4, 1e-3, 1e-2)
+# Measured, whole vector: right products differ by < 1e-4 on smooth nets and up to 0.07 where a float32 step crosses
+# kinks; silently wrong ones (weight_norm, once_differentiable, detached saves) by 0.012 to 0.7 at every step.
+_SMOOTH_TOLERANCE = 1e-2
+_KINKED_TOLERANCE = 0.12
+
+
+@dataclass(frozen=True)
+class ProductCheck:
+    """Comparison of one Hessian-vector product with central finite differences of the gradient.
+
+    Attributes:
+        mismatch: ``‖Hv_fd − Hv‖ / max(‖Hv_fd‖, ‖Hv‖)`` at the best of several step sizes.
+        uncertainty: Least relative difference between two of the step sizes.
+        passed: Whether the mismatch is explained by rounding, or by kinks that a float32 step crosses.
+        dtype: Precision of the differences; float32 where the loss refuses double precision.
+    """
+
+    mismatch: float
+    uncertainty: float
+    passed: bool
+    dtype: torch.dtype
+
+
+class HessianOperator:
+    r"""Hessian of the mean loss over some batches, as an operator on flat vectors.
+
+    .. math:: H = \nabla^2_\theta \, \frac{1}{N} \sum_b n_b \, \ell_b(\theta),
+
+    where :math:`\ell_b` is the mean loss of batch b and :math:`n_b` its number of samples. Double backward: with one
+    batch the gradient's graph is recorded once and kept, with several each product works through them one at a time.
+    The module runs in a sandbox: in its present train or eval mode, with its parameters aliased; nothing of it changes.
+
+    Curvature that sits in the kinks of ReLU-like functions is invisible to automatic differentiation.
+
+    Args:
+        module: Module whose loss is differentiated.
+        loss_fn: ``loss_fn(module, batch)`` -> scalar mean loss over the batch.
+        batches: Batches of the probe, of any structure; worked through as they are, never merged.
+        params: Parameters in the order of the vectors; by default the module's trainable ones.
+        method: ``"auto"`` or ``"double-backward"``.
+        batch_size_fn: Number of samples in a batch; by default the first dimension of its first tensor.
+        sandbox: Sandbox to run in, when the module needs a special one.
+
+    Raises:
+        ValueError: If there is no batch, no trainable parameter, or the method is unknown.
+        TypeError: If a parameter is not real floating point.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> hessian = HessianOperator(net, lambda m, batch: m(batch).square().mean(), [x])
+        >>> hessian.matvec(torch.ones(2))  # 2/N XᵀX
+        tensor([1., 9.])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: LossFn,
+        batches: Iterable[Any],
+        *,
+        params: Sequence[Tensor] | None = None,
+        method: str = "auto",
+        batch_size_fn: Callable[[Any], int] | None = None,
+        sandbox: Sandbox | None = None,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"Expected `method` to be one of {METHODS}, got {method!r}.")
+        self.method = "double-backward"
+        self._loss_fn = loss_fn
+        self._sandbox = sandbox or Sandbox(module)
+        with preserve_rng():  # a DataLoader's iterator draws its seed from the global generator
+            self._batches = list(batches)
+        if not self._batches:
+            raise ValueError("Expected at least one batch, got none.")
+        self._samples = [(batch_size_fn or batch_size)(batch) for batch in self._batches]
+        if min(self._samples) < 1:
+            raise ValueError(f"Expected batches of at least one sample, got sizes {self._samples}.")
+        trainable = (p for p in module.parameters() if p.requires_grad)
+        self._params: list[Tensor] = list(params if params is not None else trainable)
+        _check_parameters(self._params)
+        self.size = sum(p.numel() for p in self._params)
+        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._params) else torch.float32
+        self.device = self._params[0].device
+        self.loss: float | None = None
+        self.unused: float | None = None
+        self._graph: _GradientGraph | None = None
+        self._entered = False
+
+    @property
+    def samples(self) -> int:
+        """Samples in all batches."""
+        return sum(self._samples)
+
+    def __enter__(self) -> HessianOperator:
+        """Stay in the sandbox until exit, instead of for each product."""
+        self._sandbox.__enter__()
+        self._entered = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the sandbox and free the kept graph."""
+        self._entered = False
+        self._graph = None
+        self._sandbox.__exit__(kind, error, trace)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return ``H v`` for ``v`` of shape ``(n,)``.
+
+        Raises:
+            ValueError: If ``v`` has another shape.
+            RuntimeError: If the loss is not finite, not a scalar tensor, or does not depend on the parameters.
+        """
+        if v.shape != (self.size,):
+            raise ValueError(f"Expected a vector of shape ({self.size},), got {tuple(v.shape)}.")
+        parts = self._split(v)
+        with self._inside():
+            if len(self._batches) == 1:
+                if self._graph is None or self._graph.outdated(self._params):
+                    self._graph = self._record(0)
+                return self._graph.product(parts, keep=True)
+            total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+            losses, unused = 0.0, 1.0
+            for i, samples in enumerate(self._samples):
+                graph = self._record(i)
+                weight = samples / self.samples
+                total += weight * graph.product(parts, keep=False)
+                losses += weight * graph.loss
+                unused = min(unused, graph.unused)
+            self.loss, self.unused = losses, unused
+            return total
+
+    def evaluate(self) -> float:
+        """Return the mean loss over the batches."""
+        total = 0.0
+        with self._inside(), torch.no_grad():
+            for i, samples in enumerate(self._samples):
+                total += samples / self.samples * float(self._evaluate(i, [p.detach() for p in self._params]))
+        return total
+
+    def gradient(self, shift: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the gradient of the mean loss, ``(n,)``, at the parameters plus ``shift``.
+
+        Args:
+            shift: Displacement of the parameters, ``(n,)``.
+            dtype: Evaluate in this precision instead of the module's own.
+        """
+        points = [p.detach() if dtype is None else p.detach().to(dtype) for p in self._params]
+        if shift is not None:
+            points = [p + part for p, part in zip(points, self._split(shift, dtype), strict=True)]
+        points = [p.requires_grad_() for p in points]
+        total = torch.zeros(self.size, dtype=dtype or self.dtype, device=self.device)
+        with self._inside():
+            for i, samples in enumerate(self._samples):
+                loss = self._evaluate(i, points, dtype)
+                gradients = torch.autograd.grad(loss, points, allow_unused=True)
+                total += samples / self.samples * _flatten(gradients, points, total.dtype, self.device)
+        return total
+
+    def check(self, v: Tensor) -> ProductCheck:
+        """Compare ``H v`` with central finite differences; double backward can be wrong without an error.
+
+        In double precision where the loss can be evaluated in it (four gradients), else in float32, where a mismatch
+        that the kinks of the loss explain is accepted (six gradients).
+        """
+        direction = v / torch.linalg.vector_norm(v)
+        product = self.matvec(direction)
+        try:
+            dtype, differences = torch.float64, self._differences(direction, torch.float64, _DOUBLE_STEPS)
+        except (RuntimeError, TypeError, ValueError):  # a dtype written down in the loss, or a device without doubles
+            dtype, differences = torch.float32, self._differences(direction, None, _FLOAT_STEPS)
+        mismatch = min(_relative_distance(difference, product) for difference in differences)
+        uncertainty = min(_relative_distance(a, b) for a, b in pairwise(differences))
+        rounding = 8 * max(torch.finfo(p.dtype).eps for p in self._params)  # bfloat16 parameters: 0.06
+        accepted = max(_SMOOTH_TOLERANCE, rounding, min(_KINKED_TOLERANCE, 3 * uncertainty))
+        return ProductCheck(mismatch, uncertainty, mismatch <= accepted, dtype)
+
+    def _differences(self, direction: Tensor, dtype: torch.dtype | None, steps: Sequence[float]) -> list[Tensor]:
+        direction = direction if dtype is None else direction.to(dtype)
+        return [
+            (self.gradient(h * direction, dtype=dtype) - self.gradient(-h * direction, dtype=dtype)) / (2 * h)
+            for h in steps
+        ]
+
+    def _inside(self) -> ExitStack:
+        stack = ExitStack()
+        if not self._entered:
+            stack.enter_context(self._sandbox)
+        return stack
+
+    def _evaluate(self, index: int, points: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        parameters = dict(zip(self._params, points, strict=True))
+        loss = self._sandbox.evaluate(self._loss_fn, self._batches[index], parameters, stream=index, dtype=dtype)
+        return _check_loss(loss)
+
+    def _record(self, index: int) -> _GradientGraph:
+        aliases = [p.detach().requires_grad_() for p in self._params]
+        loss = self._evaluate(index, aliases)
+        graph = _GradientGraph(loss, aliases, self._params, self.dtype, self.device)
+        self.loss, self.unused = graph.loss, graph.unused
+        return graph
+
+    def _split(self, v: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+        pieces = torch.split(v.detach(), [p.numel() for p in self._params])
+        return [
+            piece.view(p.shape).to(p.device, dtype or p.dtype) for piece, p in zip(pieces, self._params, strict=True)
+        ]
+
+
+class _GradientGraph:
+    """The gradient of one batch's loss, with the graph to differentiate it again."""
+
+    def __init__(
+        self, loss: Tensor, aliases: list[Tensor], params: list[Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.loss = float(loss.detach())
+        self._aliases, self._params, self._dtype, self._device = aliases, params, dtype, device
+        self._versions = [p._version for p in params]
+        # Not materialize_grads: it would turn reentrant checkpointing into a Hessian of silent zeros.
+        gradients = torch.autograd.grad(loss, aliases, create_graph=True, allow_unused=True)
+        used = sum(p.numel() for g, p in zip(gradients, params, strict=True) if g is not None)
+        self.unused = 1.0 - used / sum(p.numel() for p in params)
+        if used == 0:
+            raise RuntimeError(
+                "Expected a loss that depends on the parameters, got one that uses none of them. Was it computed "
+                "under no_grad, detached, or from another module?"
+            )
+        # A gradient without a graph is constant: that block of H is zero.
+        self._curved = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+
+    def outdated(self, params: list[Tensor]) -> bool:
+        return [p._version for p in params] != self._versions
+
+    def product(self, parts: list[Tensor], *, keep: bool) -> Tensor:
+        if not self._curved:
+            return torch.zeros(sum(p.numel() for p in self._params), dtype=self._dtype, device=self._device)
+        products = torch.autograd.grad(
+            [g for _, g in self._curved],
+            self._aliases,
+            grad_outputs=[parts[i].to(g.dtype) for i, g in self._curved],
+            retain_graph=keep,
+            allow_unused=True,
+        )
+        return _flatten(products, self._params, self._dtype, self._device)
+
+
+def batch_size(batch: Any) -> int:
+    """Return the first dimension of the batch's first tensor.
+
+    Raises:
+        ValueError: If the batch holds no tensor with a dimension.
+    """
+    for tensor in batch_tensors(batch):
+        if tensor.ndim > 0:
+            return tensor.shape[0]
+    raise ValueError(f"Expected a batch with a tensor, got {type(batch).__name__}. Pass `batch_size_fn`.")
+
+
+def _check_parameters(params: list[Tensor]) -> None:
+    if not params:
+        raise ValueError("Expected at least one trainable parameter, got none.")
+    for p in params:
+        if not p.is_floating_point():
+            raise TypeError(f"Expected real floating-point parameters, got {p.dtype}.")
+
+
+def _check_loss(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise RuntimeError(f"Expected the loss to be a scalar tensor, got {got}.")
+    if not bool(torch.isfinite(loss.detach())):
+        raise RuntimeError(f"Expected a finite loss, got {float(loss.detach())}.")
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise RuntimeError("Expected a loss that depends on the parameters, got a constant.")
+    return loss.reshape(())
+
+
+def _flatten(
+    tensors: Iterable[Tensor | None], params: list[Tensor], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    flat = [
+        torch.zeros(p.numel(), dtype=dtype, device=device)
+        if t is None
+        else (t.to_dense() if t.is_sparse else t).detach().reshape(-1).to(device, dtype)
+        for t, p in zip(tensors, params, strict=True)
+    ]
+    return torch.cat(flat)
+
+
+def _relative_distance(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    scale = max(float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b)))
+    return float(torch.linalg.vector_norm(a - b)) / scale if scale > 0.0 else 0.0

@@ -1,0 +1,250 @@
+"""Largest algebraic eigenvalues of a symmetric operator that is only known by its products.
+
+The basis may start from a whole block of vectors (the Ritz vectors of an earlier, nearby operator), so the
+three-term recurrence does not hold and the products are kept beside the basis: residuals are then exact, restarts cost
+no product, and the basis stays small enough (20 vectors) that complete reorthogonalization is cheap beside a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MAX_BASIS = 20
+_Matvec = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Top of a spectrum, each eigenpair with its residual.
+
+    Attributes:
+        eigenvalues: Ritz values, largest first.
+        eigenvectors: Orthonormal Ritz vectors, one a column.
+        residuals: ``‖A v − θ v‖``, absolute. Some eigenvalue lies within this distance of θ; that it is the largest
+            one is not certified.
+        matvecs: Products that were spent.
+        converged: Whether every residual met its tolerance.
+    """
+
+    eigenvalues: Tensor  # (k,) float64, CPU
+    eigenvectors: Tensor  # (n, k)
+    residuals: Tensor  # (k,) float64, CPU
+    matvecs: int
+    converged: bool
+
+
+def lanczos(
+    operator: Any,
+    *,
+    size: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    k: int = 1,
+    v0: Tensor | None = None,
+    rtol: float = 1e-2,
+    atol: float = 0.0,
+    max_matvecs: int = 64,
+    generator: torch.Generator | None = None,
+) -> Spectrum:
+    r"""Compute the ``k`` largest algebraic eigenvalues of a symmetric operator.
+
+    Rayleigh–Ritz on a basis that starts from ``v0`` and grows by the residual of the first eigenpair that has not
+    converged; from a single start vector this spans the Krylov space of Lanczos. At 20 basis vectors the upper half
+    of the Ritz vectors is kept (thick restart). Iteration stops when every residual satisfies
+
+    .. math:: \|A v_i - \theta_i v_i\| \le \max(\mathrm{rtol}\,|\theta_i|, \mathrm{atol}),
+
+    or when the products are spent. The eigenvalue error is about residual² / gap; a start vector that is nearly
+    orthogonal to the top eigenvector can still converge to a lower one, the more easily the looser ``rtol``.
+
+    Args:
+        operator: Object with ``matvec`` (and ``size``, ``dtype``, ``device``), or a function ``v -> A v`` on flat
+            tensors ``(n,)``.
+        size: Dimension n; taken from ``operator`` when it has one.
+        dtype: Floating-point type of the vectors; default float32 for a function.
+        device: Device of the vectors; default CPU for a function.
+        k: How many eigenpairs, 1 ≤ k ≤ n.
+        v0: Start vector ``(n,)`` or block ``(n, j)``; random normal when None.
+        rtol: Relative residual at which an eigenpair counts as converged, ≥ 0.
+        atol: Absolute residual that is accepted whatever θ is; for eigenvalues near 0.
+        max_matvecs: Bound on the number of products, ≥ k.
+        generator: Source of the random start (and of replacements for dependent vectors); seed 0 when None.
+
+    Returns:
+        The top of the spectrum. Not converging is no error: ``converged`` is False.
+
+    Raises:
+        ValueError: If an argument is out of range or has the wrong shape.
+        RuntimeError: If a product is not finite.
+
+    Example:
+        >>> import torch
+        >>> diagonal = torch.tensor([-9.0, 0.5, 2.0], dtype=torch.float64)
+        >>> spectrum = lanczos(lambda v: diagonal * v, size=3, dtype=torch.float64)
+        >>> round(spectrum.eigenvalues.item(), 6), spectrum.converged
+        (2.0, True)
+
+    References:
+        K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, SIAM J. Matrix
+        Anal. Appl. 22 (2000).
+    """
+    n = size if size is not None else getattr(operator, "size", None)
+    if n is None:
+        raise ValueError("Expected `size` for a plain function, got None. Pass size=n.")
+    _check_arguments(n, k, rtol, atol, max_matvecs)
+    basis = _Basis(
+        n,
+        min(n, max(_MAX_BASIS, 2 * k + 4)),
+        dtype if dtype is not None else getattr(operator, "dtype", torch.float32),
+        torch.device(device if device is not None else getattr(operator, "device", "cpu")),
+        generator or torch.Generator().manual_seed(0),
+    )
+    return _iterate(basis, getattr(operator, "matvec", operator), v0, k, rtol, atol, max_matvecs)[0]
+
+
+def lanczos_recycled(
+    operator: Any,
+    block: Tensor | None,
+    *,
+    k: int,
+    rtol: float,
+    atol: float,
+    max_matvecs: int,
+    generator: torch.Generator,
+    share: float = 0.85,
+    width: int = 4,
+) -> tuple[Spectrum, Tensor]:
+    """Solve as :func:`lanczos` does and also return the block ``(n, j)`` to start from at a nearby operator.
+
+    The block holds the leading Ritz vectors with ``θᵢ ≥ share · θ₁``: at least k of them and at most ``max(width, k)``.
+    At the edge of stability several eigenvalues crowd at the top, and a single recycled vector follows the wrong one.
+    """
+    n = operator.size
+    capacity = min(n, max(_MAX_BASIS, 2 * k + 4))
+    basis = _Basis(n, capacity, operator.dtype, operator.device, generator)
+    spectrum, theta, s = _iterate(basis, operator.matvec, block, k, rtol, atol, max_matvecs)
+    leading = int((theta[: max(width, k)] >= share * theta[0].clamp(min=0.0)).sum())
+    return spectrum, basis.ritz_vectors(s, max(k, leading)).T
+
+
+def _iterate(
+    basis: _Basis, matvec: _Matvec, v0: Tensor | None, k: int, rtol: float, atol: float, max_matvecs: int
+) -> tuple[Spectrum, Tensor, Tensor]:
+    matvecs = 0
+    for start in _start_vectors(v0, basis):
+        if matvecs < max_matvecs and basis.add(start, matvec):
+            matvecs += 1
+    while True:
+        theta, s = basis.rayleigh_ritz()
+        top = min(k, len(theta))
+        residual_vectors = basis.residuals(theta, s, top)  # (top, n)
+        residuals = torch.linalg.vector_norm(residual_vectors, dim=1, dtype=torch.float64).cpu()
+        open_pairs = residuals > torch.clamp(rtol * theta[:top].abs(), min=atol)
+        # With n basis vectors the residuals are rounding.
+        converged = basis.count == basis.n or (top == k and not bool(open_pairs.any()))
+        if converged or matvecs >= max_matvecs:
+            return Spectrum(theta[:top], basis.ritz_vectors(s, top).T, residuals, matvecs, converged), theta, s
+        direction = residual_vectors[int(open_pairs.int().argmax())]
+        if basis.count == basis.capacity:
+            basis.restart(s, keep=k + (basis.capacity - k) // 2)
+        while not basis.add(direction, matvec):
+            # In the span already (an invariant subspace, or rounding): go on from a random vector.
+            direction = basis.random_vector()
+        matvecs += 1
+
+
+class _Basis:
+    """Orthonormal rows V with their products W = V A, and T = V Wᵀ."""
+
+    def __init__(
+        self, n: int, capacity: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> None:
+        self.n, self.capacity, self.count = n, capacity, 0
+        self.dtype, self.device = dtype, device
+        self._generator = generator
+        self._v = torch.empty(capacity, n, dtype=dtype, device=device)
+        self._w = torch.empty(capacity, n, dtype=dtype, device=device)
+        self._t = torch.zeros(capacity, capacity, dtype=torch.float64)
+
+    def random_vector(self) -> Tensor:
+        # Drawn where the generator lives, so that a seed means the same vector on every device.
+        draw = torch.randn(self.n, generator=self._generator, dtype=self.dtype, device=self._generator.device)
+        return draw.to(self.device)
+
+    def add(self, vector: Tensor, matvec: _Matvec) -> bool:
+        """Append the direction of ``vector`` and its product; False if it depends on the basis."""
+        m = self.count
+        norm = _norm(vector)
+        if not norm > 0.0:
+            return False
+        q = vector / norm
+        # Twice is enough (Giraud et al. 2005); a vector that keeps shrinking is in the span.
+        for _ in range(2):
+            q = q - self._v[:m].T @ (self._v[:m] @ q)
+            length = _norm(q)
+            if not length > 100 * torch.finfo(self.dtype).eps:
+                return False
+            q = q / length
+        w = matvec(q)
+        if not bool(torch.isfinite(w).all()):
+            raise RuntimeError(
+                "Expected finite matrix-vector products, got NaN or infinity. The loss or its derivatives overflow "
+                "at the present parameters."
+            )
+        self._v[m], self._w[m] = q, w
+        # T is symmetric up to rounding; the mean of both triangles keeps the better half of the digits.
+        row = (self._w[: m + 1] @ q).double().cpu()
+        column = (self._v[: m + 1] @ w).double().cpu()
+        self._t[m, : m + 1] = self._t[: m + 1, m] = (row + column) / 2
+        self.count = m + 1
+        return True
+
+    def rayleigh_ritz(self) -> tuple[Tensor, Tensor]:
+        theta, s = torch.linalg.eigh(self._t[: self.count, : self.count])
+        return theta.flip(0), s.flip(1)
+
+    def ritz_vectors(self, s: Tensor, top: int) -> Tensor:
+        return s[:, :top].T.to(self._v) @ self._v[: self.count]
+
+    def residuals(self, theta: Tensor, s: Tensor, top: int) -> Tensor:
+        coefficients = s[:, :top].T.to(self._v)
+        shift = theta[:top, None].to(self._v)
+        return coefficients @ self._w[: self.count] - shift * (coefficients @ self._v[: self.count])
+
+    def restart(self, s: Tensor, keep: int) -> None:
+        coefficients = s[:, :keep].T.to(self._v)
+        self._v[:keep] = coefficients @ self._v[: self.count]
+        self._w[:keep] = coefficients @ self._w[: self.count]
+        self._t[:keep, :keep] = (
+            (self._v[:keep] @ self._w[:keep].T).double().cpu() + (self._w[:keep] @ self._v[:keep].T).double().cpu()
+        ) / 2
+        self.count = keep
+
+
+def _start_vectors(v0: Tensor | None, basis: _Basis) -> list[Tensor]:
+    if v0 is None:
+        return [basis.random_vector()]
+    n = basis.n
+    block = v0.reshape(n, -1) if v0.ndim in (1, 2) and v0.shape[0] == n else None
+    if block is None or block.shape[1] == 0:
+        raise ValueError(f"Expected `v0` of shape ({n},) or ({n}, j), got {tuple(v0.shape)}.")
+    usable = [column for column in block.to(basis.device, basis.dtype).T if bool(torch.isfinite(column).all())]
+    return usable[: basis.capacity - 1] if any(bool(v.any()) for v in usable) else [basis.random_vector()]
+
+
+def _check_arguments(n: int, k: int, rtol: float, atol: float, max_matvecs: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"Expected 1 <= `k` <= size = {n}, got {k}.")
+    if not (rtol >= 0.0 and atol >= 0.0):
+        raise ValueError(f"Expected `rtol` >= 0 and `atol` >= 0, got {rtol} and {atol}.")
+    if max_matvecs < k:
+        raise ValueError(f"Expected `max_matvecs` >= k = {k}, got {max_matvecs}.")
+
+
+def _norm(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))

@@ -1,0 +1,26 @@
+"""The TensorBoard custom-scalars layout."""
+
+from __future__ import annotations
+
+
+def custom_scalars_layout(prefix: str = "eos") -> dict[str, dict[str, list[str | list[str]]]]:
+    """Return the layout for ``SummaryWriter.add_custom_scalars``.
+
+    Args:
+        prefix: First part of the log keys.
+    """
+
+    def lines(*names: str) -> list[str | list[str]]:
+        # Tags are regular expressions: without anchors `eos/edge_ratio` would also draw `eos/edge_ratio_next`.
+        return ["Multiline", [f"^{prefix}/{name}$" for name in names]]
+
+    return {
+        "Edge of stability": {
+            "edge ratio (1 is the full-batch edge)": lines("edge_ratio"),
+            "normalized sharpness and its threshold": lines("normalized_sharpness", "threshold"),
+            "sharpness": lines("sharpness"),
+            "verdict (1 stable, 3 edge, 5 diverging)": lines("verdict"),
+            "error of the edge ratio": lines("error"),
+            "cost: products and overhead": lines("matvecs", "overhead"),
+        }
+    }

@@ -1,0 +1,60 @@
+"""The run in a few sentences."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def run_report(
+    rows: Sequence[Mapping[str, Any]], verdicts: Sequence[tuple[int, str]], overhead: float | None = None
+) -> str:
+    """Tell what was measured, from plain rows.
+
+    Args:
+        rows: Readings, oldest first.
+        verdicts: ``(step, verdict)``, one entry a change.
+        overhead: Time spent as a share of the training time.
+    """
+    if not rows:
+        return "No reading was taken."
+    lines = [f"{len(rows)} readings, steps {rows[0]['step']} to {rows[-1]['step']}."]
+    measured = [row for row in rows if row.get("edge_ratio") is not None]
+    if measured:
+        lines.append(_edge_sentence(measured))
+    else:
+        lines.append("None of them has an edge ratio.")
+    changes = ", ".join(f"{verdict} from step {step}" for step, verdict in verdicts)
+    if changes:
+        lines.append(f"Verdicts: {changes}.")
+    if not all(row["full_batch"] for row in rows):
+        lines.append(
+            "Trained on minibatches: instability can come before an edge ratio of 1, so a small ratio does not say "
+            "that the run is stable."
+        )
+    lines.append(_cost_sentence(rows, overhead))
+    notes = dict.fromkeys(note for row in rows for note in row["notes"])
+    return "\n".join([*lines, *(f"Note: {note}." for note in notes)])
+
+
+def _edge_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    first, last, top = rows[0], rows[-1], max(rows, key=lambda row: float(row["edge_ratio"]))
+    sentence = (
+        f"Edge ratio {first['edge_ratio']:.3g} at step {first['step']}, {last['edge_ratio']:.3g} at step "
+        f"{last['step']}; highest {top['edge_ratio']:.3g} at step {top['step']} (1 is the full-batch edge)."
+    )
+    if last["edge_lr"] is not None and last["full_batch"]:
+        rates = ", ".join(f"{value:.3g}" for value in last["edge_lr"])
+        sentence += f" At the end the edge was at lr {rates}."
+    poor = sum(not row["converged"] for row in rows)
+    return sentence + (f" {poor} readings did not converge." if poor else "")
+
+
+def _cost_sentence(rows: Sequence[Mapping[str, Any]], overhead: float | None) -> str:
+    seconds = sum(row["seconds"] for row in rows)
+    sentence = f"Cost: {seconds:.3g} s in readings"
+    products = [row["matvecs"] for row in rows if row["matvecs"]]
+    if products:
+        sentence += f", median {statistics.median(products):g} products each"
+    return sentence + (f", {overhead:.1%} of the training time." if overhead is not None else ".")

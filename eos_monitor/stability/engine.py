@@ -1,0 +1,171 @@
+"""What a monitored run keeps: its probe, gauge, schedule, detector and readings. The loops around it are elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import traceback
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from eos_monitor.curvature.sandbox import LossFn, Sandbox
+from eos_monitor.stability.detector import InstabilityDetector, Verdict
+from eos_monitor.stability.reading import Gauge, Measurement, StabilityReading
+from eos_monitor.stability.samples import ProbeSamples
+from eos_monitor.stability.schedule import Schedule
+
+_GIVE_UP_AFTER = 3
+_WARM_UP_RETRY = 10
+
+
+class Engine:
+    """Takes the readings of one run and turns them into a verdict.
+
+    A failure inside a reading never leaves :meth:`measure`: it is told in one warning, and after three in a row
+    measuring is off.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int | None = None,
+        max_overhead: float = 0.05,
+        probe: str | Iterable[Any] = "fixed",
+        probe_samples: int = 256,
+        k: int = 1,
+        rtol: float = 1e-2,
+        max_matvecs: int = 64,
+        method: str = "auto",
+        raw_sharpness: bool = False,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.schedule = Schedule(every_n_steps, max_overhead, seed=seed)
+        self.samples = ProbeSamples(probe, probe_samples, batch_size_fn)
+        self.detector = InstabilityDetector()
+        self.readings: list[StabilityReading] = []
+        self.rows: list[dict[str, Any]] = []  # the readings as plain values, each with the verdict of its time
+        self.verdicts: list[tuple[int, Verdict]] = []  # one entry a change
+        self.run_id = uuid.uuid4().hex[:12]  # from the operating system, not from a generator of the run's
+        self.off: str | None = None  # why measuring stopped
+        self._gauge = Gauge(
+            k=k,
+            rtol=rtol,
+            max_matvecs=max_matvecs,
+            method=method,
+            raw_sharpness=raw_sharpness,
+            batch_size_fn=batch_size_fn,
+            seed=seed,
+        )
+        self._failures = 0
+        self._warned: set[str] = set()
+
+    @property
+    def verdict(self) -> Verdict:
+        """Verdict as of the last step."""
+        return self.detector.verdict
+
+    def due(self, step: int) -> bool:
+        """Whether to measure before ``step``."""
+        return self.off is None and self.samples.full and self.schedule.due(step)
+
+    def measure(
+        self,
+        module: nn.Module,
+        loss_fn: LossFn,
+        optimizers: Sequence[Optimizer],
+        *,
+        step: int,
+        batch: Any,
+        full_batch: bool,
+        sandbox: Sandbox | None = None,
+    ) -> Measurement | None:
+        """Take a reading; None if it failed."""
+        try:
+            device = next((p.device for p in module.parameters()), torch.device("cpu"))
+            measurement = self._gauge.measure(
+                module,
+                loss_fn,
+                self.samples.on(device, batch),
+                optimizers,
+                step=step,
+                full_batch=full_batch,
+                sandbox=sandbox,
+            )
+        except Exception as error:
+            self._failed(error)
+            return None
+        self._failures = 0
+        if self._gauge.products_are_wrong:
+            self.turn_off(self._gauge.check_note or "")
+        elif not measurement.reading.ready:
+            self.schedule.postpone(step, _WARM_UP_RETRY)
+        return measurement
+
+    def take(self, reading: StabilityReading) -> Verdict:
+        """Keep a finished reading and return the verdict."""
+        self.readings.append(reading)
+        if reading.ready and self.off is None:
+            self.schedule.measured(reading.step, reading.seconds)
+        if reading.edge_ratio is not None and not reading.converged:
+            self.warn_once(
+                "unconverged",
+                f"The reading at step {reading.step} did not converge in {reading.matvecs} products (relative residual "
+                f"{reading.residual:.1e}); such readings are marked and do not move the verdict.",
+            )
+        verdict = self._update(reading.step, reading=reading)
+        bookkeeping = {"run": self.run_id, "verdict": verdict.name, "overhead": self.schedule.overhead}
+        self.rows.append(bookkeeping | asdict(reading))
+        return verdict
+
+    def take_loss(self, step: int, loss: float) -> Verdict:
+        """Take in the training loss of a step."""
+        return self._update(step, loss=loss)
+
+    def turn_off(self, why: str) -> None:
+        """Stop measuring for the rest of the run."""
+        self.off = why
+        self.warn_once("off", f"eos_monitor stops measuring; training goes on. {why}")
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Warn, once a topic."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(message, stacklevel=2)
+
+    def _update(self, step: int, *, loss: float | None = None, reading: StabilityReading | None = None) -> Verdict:
+        before = self.detector.verdict
+        verdict = self.detector.update(step, loss=loss, reading=reading)
+        if verdict != before or not self.verdicts:
+            self.verdicts.append((step, verdict))
+        return verdict
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+        self.warn_once("failed", f"eos_monitor could not take a reading; training goes on. {what}")
+        if self._failures >= _GIVE_UP_AFTER:
+            self.turn_off(f"{_GIVE_UP_AFTER} readings in a row failed, the last with {what}")
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a JSON-lines file; numbers that JSON lacks become null."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

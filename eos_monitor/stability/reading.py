@@ -1,0 +1,450 @@
+"""One reading: how far the optimizer in use is from its full-batch edge of stability."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from eos_monitor.curvature.hessian import HessianOperator
+from eos_monitor.curvature.lanczos import Spectrum, lanczos_recycled
+from eos_monitor.curvature.sandbox import LossFn, Sandbox
+from eos_monitor.stability.thresholds import CriticalCurvature, critical_curvature, learning_rates
+
+# A cold start stopped at 1e-3 sat on the second eigenvalue of {1, 0.98, bulk} in 4 of 200 seeded runs (n = 2,000), at
+# 3e-4 and 1e-4 in none; the tighter stop costs one or two products, once per run.
+_COLD_RTOL = 1e-4
+# An edge ratio below this is nothing: λ_max ≈ 0 has no relative accuracy to reach.
+_ATOL = 1e-6
+_AUDIT_EVERY = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityReading:
+    """How far from the full-batch edge of stability one step was. What was not measured is None.
+
+    Attributes:
+        step: Optimizer step that the reading precedes.
+        loss: Mean loss over the probe.
+        lr: Learning rate of each parameter group.
+        sharpness: λ_max(H), the largest eigenvalue of the loss Hessian over the probe.
+        normalized_sharpness: ``edge_ratio · threshold``; lr·λ_max(H) for gradient descent without decay.
+        threshold: Limit of lr·λ_max(P⁻¹(H + W)) for this optimizer: 2 for gradient descent.
+        edge_ratio: λ_max(C^-½ (H + W) C^-½); 1 at the full-batch edge.
+        error: RMS error of ``edge_ratio``; numerical only where ``sampling_error`` is None.
+        sampling_error: Part of ``error`` that comes from the probe being a sample.
+        residual: ``‖A v − θ v‖ / |θ|`` of the top eigenpair.
+        eigenvalues: The k largest eigenvalues of C^-½ (H + W) C^-½.
+        edge_scale: Factor on all learning rates at which ``edge_ratio`` would be 1; None if it is not positive.
+        edge_lr: ``edge_scale`` times each group's learning rate: the full-batch edge, no advice.
+        batch_sharpness: Sharpness along minibatch gradients, in units of curvature.
+        batch_sharpness_error: Its standard error.
+        directional_ratio: Curvature along the update relative to the gradient's slope.
+        full_batch: Whether the probe is all the data that a step uses.
+        samples: Number of samples in the probe.
+        matvecs: Hessian-vector products spent, the self-check left out.
+        seconds: Wall-clock time of the reading.
+        method: How the products were computed.
+        converged: Whether the residuals met their tolerance; this does not certify that no larger eigenvalue exists.
+        stale: Whether the optimizer's settings changed between measurement and step in a way that cannot be followed.
+        ready: Whether the optimizer's state was old enough for an edge.
+        notes: What a reader should know of this reading, in words.
+    """
+
+    step: int
+    loss: float | None
+    lr: tuple[float, ...]
+    sharpness: float | None = None
+    normalized_sharpness: float | None = None
+    threshold: float | None = None
+    edge_ratio: float | None = None
+    error: float | None = None
+    sampling_error: float | None = None
+    residual: float | None = None
+    eigenvalues: tuple[float, ...] | None = None
+    edge_scale: float | None = None
+    edge_lr: tuple[float, ...] | None = None
+    batch_sharpness: float | None = None
+    batch_sharpness_error: float | None = None
+    directional_ratio: float | None = None
+    full_batch: bool = False
+    samples: int = 0
+    matvecs: int = 0
+    seconds: float = 0.0
+    method: str = "double-backward"
+    converged: bool = False
+    stale: bool = False
+    ready: bool = True
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A reading together with the critical curvature that it was taken at."""
+
+    reading: StabilityReading
+    curvature: CriticalCurvature
+
+    def at(self, optimizers: Sequence[Optimizer]) -> StabilityReading:
+        """Return the reading for the optimizers' present settings.
+
+        If the critical curvature is c/s with one s for all coordinates, the edge ratio is s times the measured one,
+        exactly; otherwise the reading is marked stale.
+        """
+        reading, lr = self.reading, learning_rates(optimizers)
+        if reading.edge_ratio is None or self.curvature.c is None:
+            return replace(reading, lr=lr)
+        now = critical_curvature(optimizers)
+        s = _common_factor(self.curvature, now)
+        if s is None:
+            return replace(reading, stale=True)
+        ratio = s * reading.edge_ratio
+        # The edge stays where it was; only the way there has changed.
+        way = next((old / new for old, new in zip(reading.lr, lr, strict=True) if new != old and new > 0.0), 1.0)
+        scale = None if reading.edge_scale is None else reading.edge_scale * way
+        return replace(
+            reading,
+            lr=lr,
+            edge_ratio=ratio,
+            eigenvalues=tuple(s * value for value in reading.eigenvalues or ()),
+            error=None if reading.error is None else s * reading.error,
+            sampling_error=None if reading.sampling_error is None else s * reading.sampling_error,
+            threshold=now.threshold,
+            normalized_sharpness=None if now.threshold is None else ratio * now.threshold,
+            edge_scale=scale,
+            edge_lr=None if scale is None else tuple(scale * value for value in lr),
+        )
+
+
+class Gauge:
+    """Takes readings one after the other: recycles Ritz vectors, and checks the products at the first.
+
+    Args:
+        k: Number of eigenvalues.
+        rtol: Relative residual of a warm solve; a cold one is tightened to at most 1e-4.
+        max_matvecs: Bound on the products of one solve.
+        method: See :class:`HessianOperator`.
+        raw_sharpness: Solve for λ_max(H) too where it does not follow from the edge ratio.
+        batch_size_fn: See :class:`HessianOperator`.
+        seed: Seed of the start vectors.
+    """
+
+    def __init__(
+        self,
+        *,
+        k: int = 1,
+        rtol: float = 1e-2,
+        max_matvecs: int = 64,
+        method: str = "auto",
+        raw_sharpness: bool = False,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if k < 1 or max_matvecs < k:
+            raise ValueError(f"Expected 1 <= `k` <= `max_matvecs`, got {k} and {max_matvecs}.")
+        if not 0.0 < rtol < 1.0:
+            raise ValueError(f"Expected 0 < `rtol` < 1, got {rtol}.")
+        self._k, self._rtol, self._max_matvecs = k, rtol, max_matvecs
+        self._method, self._raw, self._batch_size_fn = method, raw_sharpness, batch_size_fn
+        self._generator = torch.Generator().manual_seed(seed)
+        self._edge_solver = _WarmSolver(k, rtol, max_matvecs, self._generator)
+        self._raw_solver = _WarmSolver(1, rtol, max_matvecs, self._generator)
+        self.check_note: str | None = None
+        self.products_are_wrong = False
+        self._checked = False
+
+    def start_from(self, v0: Tensor) -> None:
+        """Use ``v0``, ``(n,)`` or ``(n, j)`` in the scaled coordinates C^½ θ, as if an earlier reading had left it."""
+        self._edge_solver.block = v0
+
+    def measure(
+        self,
+        module: nn.Module,
+        loss_fn: LossFn,
+        batches: Iterable[Any],
+        optimizers: Sequence[Optimizer],
+        *,
+        step: int,
+        full_batch: bool,
+        sandbox: Sandbox | None = None,
+    ) -> Measurement:
+        """Take one reading at the module's present parameters."""
+        began = time.perf_counter()
+        curvature = critical_curvature(optimizers)
+        operator = HessianOperator(
+            module,
+            loss_fn,
+            batches,
+            params=curvature.params,
+            method=self._method,
+            batch_size_fn=self._batch_size_fn,
+            sandbox=sandbox,
+        )
+        reading = StabilityReading(
+            step=step,
+            loss=None,
+            lr=learning_rates(optimizers),
+            full_batch=full_batch,
+            samples=operator.samples,
+            method=operator.method,
+            ready=curvature.ready,
+        )
+        with operator:
+            moving = curvature.c is not None and bool(torch.isfinite(curvature.c).any())
+            if moving and curvature.ready and not self.products_are_wrong:
+                reading = self._with_edge(reading, operator, curvature, optimizers)
+            if self._raw and reading.sharpness is None and not self.products_are_wrong:
+                reading = self._with_raw_sharpness(reading, operator, curvature)
+            loss = operator.loss if operator.loss is not None else operator.evaluate()
+        return Measurement(
+            replace(
+                reading,
+                loss=loss,
+                seconds=time.perf_counter() - began,
+                notes=self._notes(curvature, operator),
+            ),
+            curvature,
+        )
+
+    def _with_edge(
+        self,
+        reading: StabilityReading,
+        operator: HessianOperator,
+        curvature: CriticalCurvature,
+        optimizers: Sequence[Optimizer],
+    ) -> StabilityReading:
+        assert curvature.c is not None
+        edge = _EdgeOperator(operator, curvature)
+        spectrum = self._edge_solver.solve(edge, edge.mask)
+        top = edge.scale * spectrum.eigenvectors[:, 0]  # the critical mode in parameter space
+        self._check_products(operator, top)
+        if self.products_are_wrong:
+            return replace(reading, matvecs=spectrum.matvecs)
+        eigenvalues = tuple(spectrum.eigenvalues.tolist())
+        r, residual = eigenvalues[0], float(spectrum.residuals[0])
+        scale = _edge_scale(r, top, optimizers)
+        return replace(
+            reading,
+            edge_ratio=r,
+            eigenvalues=eigenvalues,
+            error=residual,
+            residual=residual / abs(r) if r else 0.0,
+            threshold=curvature.threshold,
+            normalized_sharpness=None if curvature.threshold is None else r * curvature.threshold,
+            sharpness=_free_sharpness(r, curvature),
+            edge_scale=scale,
+            edge_lr=None if scale is None else tuple(scale * lr for lr in reading.lr),
+            matvecs=spectrum.matvecs,
+            converged=spectrum.converged,
+        )
+
+    def _with_raw_sharpness(
+        self, reading: StabilityReading, operator: HessianOperator, curvature: CriticalCurvature
+    ) -> StabilityReading:
+        raw = _EdgeOperator(
+            operator, replace(curvature, c=torch.ones_like(curvature.l2), l2=torch.zeros_like(curvature.l2))
+        )
+        spectrum = self._raw_solver.solve(raw, raw.mask)
+        self._check_products(operator, spectrum.eigenvectors[:, 0])
+        if self.products_are_wrong:
+            return reading
+        alone = reading.edge_ratio is None
+        return replace(
+            reading,
+            sharpness=float(spectrum.eigenvalues[0]),
+            matvecs=reading.matvecs + spectrum.matvecs,
+            converged=spectrum.converged and (alone or reading.converged),
+        )
+
+    def _check_products(self, operator: HessianOperator, v: Tensor) -> None:
+        if self._checked:
+            return
+        self._checked = True
+        check = operator.check(v)
+        self.products_are_wrong = not check.passed
+        if not check.passed:
+            self.check_note = (
+                f"Hessian-vector products by {operator.method} differ from finite differences by "
+                f"{check.mismatch:.1%}: something in this module cannot be differentiated twice (weight_norm, "
+                "once_differentiable and custom backwards are known to). No edge is reported."
+            )
+        elif check.dtype != torch.float64:
+            self.check_note = (
+                f"products checked in float32 only (mismatch {check.mismatch:.1%}), because the loss refuses float64"
+            )
+
+    def _notes(self, curvature: CriticalCurvature, operator: HessianOperator) -> tuple[str, ...]:
+        notes = []
+        if curvature.without_threshold:
+            rest = "" if curvature.c is None else "; the edge ratio speaks of the other groups"
+            notes.append(f"no known threshold for {', '.join(curvature.without_threshold)}{rest}")
+        elif curvature.c is not None and not bool(torch.isfinite(curvature.c).any()):
+            notes.append("no edge at a learning rate of 0")
+        if operator.unused:
+            notes.append(f"{operator.unused:.0%} of the trained parameters are not used by the loss")
+        if self.check_note:
+            notes.append(self.check_note)
+        return tuple(notes)
+
+
+def measure_stability(
+    module: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    optimizer: Optimizer | Iterable[Optimizer],
+    *,
+    k: int = 1,
+    v0: Tensor | None = None,
+    rtol: float = 1e-2,
+    max_matvecs: int = 64,
+    method: str = "auto",
+    raw_sharpness: bool = False,
+    step: int = 0,
+    full_batch: bool = False,
+    batch_size_fn: Callable[[Any], int] | None = None,
+) -> StabilityReading:
+    r"""Measure how far an optimizer is from its full-batch edge of stability, without touching the run.
+
+    .. math:: r = \lambda_{\max}\bigl(C^{-1/2} (H + W) C^{-1/2}\bigr),
+
+    with H the Hessian of the mean loss over ``batches``, C the critical curvature of each coordinate under the
+    optimizer's present state and learning rate, and W its coupled weight decay. r = 1 is the full-batch edge.
+
+    Args:
+        module: Module to measure, in its present train or eval mode.
+        loss_fn: ``loss_fn(module, batch)`` -> scalar mean loss.
+        batches: The probe: batches of any structure.
+        optimizer: The optimizer in use, or several.
+        k: Number of eigenvalues.
+        v0: Start vector ``(n,)`` or block ``(n, j)`` in the scaled coordinates C^½ θ; random when None.
+        rtol: Relative residual to reach; without ``v0`` at most 1e-4, because a loose cold stop can sit on the wrong
+            eigenvalue.
+        max_matvecs: Bound on the Hessian-vector products of one solve.
+        method: How to compute the products, see :class:`HessianOperator`.
+        raw_sharpness: Solve for λ_max(H) too where it does not follow from the edge ratio, at the cost of a second
+            solve.
+        step: Number to file the reading under.
+        full_batch: Whether ``batches`` are all the data that a step uses.
+        batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.
+
+    Raises:
+        ValueError: If there is no batch or no trained parameter, or an argument is out of range.
+        RuntimeError: If the loss is not a finite scalar that depends on the parameters.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> reading = measure_stability(net, lambda m, b: m(b).square().mean(), [x], sgd)
+        >>> round(reading.sharpness, 4), round(reading.edge_ratio, 4)  # λ_max(2/N XᵀX) = 9, lr·λ/2
+        (9.0, 0.45)
+    """
+    gauge = Gauge(
+        k=k,
+        rtol=rtol,
+        max_matvecs=max_matvecs,
+        method=method,
+        raw_sharpness=raw_sharpness,
+        batch_size_fn=batch_size_fn,
+    )
+    if v0 is not None:
+        gauge.start_from(v0)
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    return gauge.measure(module, loss_fn, batches, optimizers, step=step, full_batch=full_batch).reading
+
+
+class _EdgeOperator:
+    """C^-½ (±H + W) C^-½ on the coordinates that have a threshold; the others are zero."""
+
+    def __init__(self, hessian: HessianOperator, curvature: CriticalCurvature) -> None:
+        assert curvature.c is not None
+        self.size, self.dtype, self.device = hessian.size, hessian.dtype, hessian.device
+        self._hessian, self._sign = hessian, curvature.sign
+        c = curvature.c.to(hessian.device, torch.float64)
+        self.mask = torch.isfinite(c)
+        # Dead units leave Adam's c near zero; so does the curvature there, and the floor keeps 0/0 out.
+        floor = 1e-12 * float(c[self.mask].median()) if bool(self.mask.any()) else 1.0
+        self.scale = torch.where(self.mask, c.clamp(min=floor).rsqrt(), 0.0).to(hessian.dtype)
+        self._l2 = curvature.l2.to(hessian.device, hessian.dtype)
+
+    def matvec(self, u: Tensor) -> Tensor:
+        v = self.scale * u
+        return self.scale * (self._sign * self._hessian.matvec(v) + self._l2 * v)
+
+
+class _WarmSolver:
+    """Eigen-solver that starts from the Ritz vectors of the solve before."""
+
+    def __init__(self, k: int, rtol: float, max_matvecs: int, generator: torch.Generator) -> None:
+        self._k, self._rtol, self._max_matvecs, self._generator = k, rtol, max_matvecs, generator
+        self.block: Tensor | None = None
+        self._solves = 0
+
+    def solve(self, operator: _EdgeOperator, mask: Tensor) -> Spectrum:
+        warm = self.block is not None and self.block.shape[0] == operator.size
+        start = self.block.reshape(operator.size, -1).to(operator.device) if warm and self.block is not None else None
+        # A new top direction may be born outside the recycled block.
+        if start is None or self._solves % _AUDIT_EVERY == _AUDIT_EVERY - 1:
+            fresh = torch.randn(operator.size, 1, generator=self._generator).to(operator.device, operator.dtype)
+            start = fresh if start is None else torch.cat([start.to(operator.dtype), fresh], dim=1)
+        spectrum, self.block = lanczos_recycled(
+            operator,
+            start * mask[:, None],
+            k=min(self._k, int(mask.sum())),
+            rtol=self._rtol if warm else min(self._rtol, max(_COLD_RTOL, 8 * torch.finfo(operator.dtype).eps)),
+            atol=_ATOL,
+            max_matvecs=self._max_matvecs,
+            generator=self._generator,
+        )
+        self._solves += 1
+        return spectrum
+
+
+def _common_factor(before: CriticalCurvature, now: CriticalCurvature) -> float | None:
+    """Return s with c_now = c_before / s for all coordinates, or None."""
+    if before.c is None or now.c is None or before.c.shape != now.c.shape or not torch.equal(before.l2, now.l2):
+        return None
+    known = torch.isfinite(before.c)
+    if not torch.equal(known, torch.isfinite(now.c)):
+        return None
+    factors = before.c[known].double() / now.c[known].double()
+    s = float(factors.median())
+    # c is stored in the parameters' precision.
+    return s if bool(((factors / s - 1).abs() <= 8 * torch.finfo(now.c.dtype).eps).all()) else None
+
+
+def _free_sharpness(r: float, curvature: CriticalCurvature) -> float | None:
+    """λ_max(H) = r·c − wd where C and W are multiples of the identity."""
+    assert curvature.c is not None
+    c, l2 = curvature.c, curvature.l2
+    if not (bool((c == c[0]).all()) and bool((l2 == l2[0]).all())):
+        return None
+    return r * float(c[0]) - float(l2[0])
+
+
+def _edge_scale(r: float, mode: Tensor, optimizers: Sequence[Optimizer]) -> float | None:
+    """Solve r(s) = 1 for the common factor s on all learning rates.
+
+    With x the critical mode, scaled so that xᵀ C x = 1 and xᵀ (H + W) x = r, the edge is at xᵀ C(s) x = r: exact where
+    C(s) is a multiple of C, else to first order. c ∝ 1/lr gives s = 1/r at once; decoupled decay takes a few steps.
+    """
+    if r <= 0.0:
+        return None
+    s = 1.0 / r
+    for _ in range(8):
+        c = critical_curvature(optimizers, lr_scale=s).c
+        if c is None:
+            return None
+        found = float((torch.where(torch.isfinite(c), c, 0.0).to(mode.device) * mode.square()).sum(dtype=torch.float64))
+        if found <= 0.0:
+            return None  # the decay alone is unstable there
+        if abs(found / r - 1) < 1e-6:
+            return s
+        s *= found / r
+    return s

@@ -1,0 +1,123 @@
+"""When to measure: every n steps, or as often as a share of the wall clock allows."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_RETRY_STEPS = 5  # until enough steps have passed to know how long one takes
+_JITTER = 0.2
+
+
+class Schedule:
+    """Decides at which optimizer steps a reading is due, and keeps account of the monitor's own time.
+
+    With ``every_n_steps`` the cadence is exact. Without it, a reading is due when what was spent and what the next one
+    is predicted to cost stay within ``max_overhead`` of the training time; the intervals are jittered by ± 20 %, since
+    regular readings alias with periodic orbits. Start-up costs are kept apart and are not charged.
+
+    Args:
+        every_n_steps: Steps between readings, ≥ 1; None for the wall-clock share.
+        max_overhead: Share of the training time that readings may take, in (0, 1].
+        seed: Seed of the jitter.
+        clock: Seconds that only go forward.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        max_overhead: float = 0.05,
+        *,
+        seed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"Expected `every_n_steps` >= 1 or None, got {every_n_steps}.")
+        if not 0.0 < max_overhead <= 1.0:
+            raise ValueError(f"Expected 0 < `max_overhead` <= 1, got {max_overhead}.")
+        self.every_n_steps, self.max_overhead = every_n_steps, max_overhead
+        self.spent = 0.0  # seconds of the monitor's own, start-up left out
+        self.startup = 0.0
+        self._jitter = random.Random(seed)
+        self._clock = clock
+        self._began: float | None = None
+        self._first_step = 0
+        self._next = 0
+        self._decided: int | None = None
+        self._readings = 0
+        self._last_cost = self.predicted_cost = 0.0
+
+    def begin(self, step: int) -> None:
+        """Start the training clock, at ``step``."""
+        self._began, self._first_step, self._next = self._clock(), step, step
+        self._spent_before = self.spent + self.startup
+
+    @contextmanager
+    def own_time(self, *, startup: bool = False) -> Iterator[None]:
+        """Charge what happens inside to the monitor."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            seconds = self._clock() - began
+            if startup:
+                self.startup += seconds
+            else:
+                self.spent += seconds
+
+    @property
+    def training_seconds(self) -> float:
+        """Wall-clock time since the start without the monitor's own."""
+        if self._began is None:
+            return 0.0
+        return self._clock() - self._began - (self.spent + self.startup - self._spent_before)
+
+    @property
+    def overhead(self) -> float | None:
+        """Own time as a share of the training time; None before there is any."""
+        return self.spent / self.training_seconds if self.training_seconds > 0.0 else None
+
+    def due(self, step: int) -> bool:
+        """Whether to measure before ``step``; postpones the next decision if the time is not there yet."""
+        if step == self._decided:
+            return False
+        if self.every_n_steps is not None:
+            return step % self.every_n_steps == 0
+        if step < self._next:
+            return False
+        if self._readings == 0 or self.affordable():
+            return True
+        self._plan(step)
+        return False
+
+    def affordable(self) -> bool:
+        """Whether one more reading stays within the share."""
+        return self.spent + self.predicted_cost <= self.max_overhead * self.training_seconds
+
+    def measured(self, step: int, seconds: float) -> None:
+        """Note that a reading before ``step`` took ``seconds``, and plan the next."""
+        # The first one is cold and checks its products: a poor prediction for those that follow.
+        earlier = self._last_cost if self._readings > 1 else seconds
+        self.predicted_cost = seconds / 2 if self._readings == 0 else max(seconds, 0.7 * earlier + 0.3 * seconds)
+        self._readings, self._last_cost, self._decided = self._readings + 1, seconds, step
+        self._plan(step)
+
+    def postpone(self, step: int, steps: int) -> None:
+        """Decide no sooner than ``steps`` from ``step``."""
+        self._decided, self._next = step, step + steps
+
+    def _plan(self, step: int) -> None:
+        """Set the step of the next decision: when the time should be there, by what a step has taken so far."""
+        steps, seconds = step - self._first_step, self.training_seconds
+        missing = (self.spent + self.predicted_cost) / self.max_overhead - seconds
+        if steps == 0 or seconds <= 0.0:
+            wait = 1.0
+        else:
+            # Never sooner than the share allows, so the jitter is around 1 / (1 − 0.2) of the shortest interval.
+            jitter = self._jitter.uniform(1 - _JITTER, 1 + _JITTER) / (1 - _JITTER)
+            wait = max(1.0, missing / (seconds / steps)) * jitter
+        # Early steps are a poor clock: look again when there are twice as many.
+        self._next = step + min(math.ceil(wait), max(_RETRY_STEPS, steps))
