@@ -35,7 +35,7 @@ class ProbeSamples:
         if isinstance(probe, str):
             if probe not in PROBES:
                 raise ValueError(f"{wanted} {probe!r}.")
-        elif not hasattr(probe, "__iter__"):
+        elif not callable(getattr(probe, "__iter__", None)):
             raise TypeError(f"{wanted} {type(probe).__name__}.")
         if probe_samples < 1:
             raise ValueError(f"Expected `probe_samples` >= 1, got {probe_samples}.")
@@ -53,16 +53,14 @@ class ProbeSamples:
     @property
     def full(self) -> bool:
         """Whether readings can be taken."""
-        if self.kind == "fixed":
-            return self._closed or self.samples >= self._wanted or self._bytes >= _MAX_BYTES
-        return True
+        return self.kind != "fixed" or self._closed or self._enough()
 
     def observe(self, batch: Any) -> None:
         """Offer the next training batch."""
         if self.kind == "fixed" and not self.full:
             # Copied before the training step can edit it in place.
             for piece in _slices(batch):
-                if self.full:
+                if self._enough():
                     self.whole = False
                     break
                 kept = move_batch(clone_batch(piece), "cpu")
@@ -83,6 +81,9 @@ class ProbeSamples:
             with preserve_rng():
                 self.batches = list(self._source)
         return [move_batch(batch, device) for batch in self.batches]
+
+    def _enough(self) -> bool:
+        return self.samples >= self._wanted or self._bytes >= _MAX_BYTES
 
     def describe(self) -> str:
         """Return the probe in words."""
