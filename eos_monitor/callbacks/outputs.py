@@ -99,16 +99,12 @@ class RunOutputs:
         return path if path.exists() else None
 
     def _save(self, figure: Any, path: Path) -> None:
-        import numpy as np
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from eos_monitor.dashboard.figures import pixels_of
 
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
-        canvas: Any = FigureCanvasAgg(figure)
-        canvas.draw()
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
         for writer in self._experiments("add_image"):
-            writer.add_image(f"{self._name}/run", pixels, self._trainer.global_step, dataformats="HWC")
+            writer.add_image(f"{self._name}/run", pixels_of(figure), self._trainer.global_step, dataformats="HWC")
 
     def _to_file(self, row: dict[str, Any]) -> None:
         if self.folder is not None:

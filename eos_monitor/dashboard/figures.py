@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -45,6 +48,15 @@ def run_figure(rows: Sequence[Row], losses: Sequence[tuple[int, float]] = (), ti
     if title:
         figure.suptitle(title)
     return figure
+
+
+def pixels_of(figure: Figure) -> NDArray[np.uint8]:
+    """Render a figure to an array ``(height, width, 3)``, without pyplot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
