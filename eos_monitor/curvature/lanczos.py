@@ -7,6 +7,7 @@ no product, and the basis stays small enough (20 vectors) that complete reorthog
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 _MAX_BASIS = 20
+_LITTLE_REMOVED = 0.7  # of the length left after one orthogonalization: what is left is orthogonal to rounding
 _Matvec = Callable[[Tensor], Tensor]
 
 
@@ -182,21 +184,24 @@ class _Basis:
         norm = _norm(vector)
         if not norm > 0.0:
             return False
-        q = vector / norm
-        # Twice is enough (Giraud et al. 2005); a vector that keeps shrinking is in the span.
+        q = torch.div(vector, norm, out=self._v[m])  # in its place: fresh memory costs more than arithmetic on it
+        # Twice is enough (Giraud et al. 2005), and once if little was removed; a vector that keeps shrinking is in the
+        # span.
         for _ in range(2):
-            q = q - self._v[:m].T @ (self._v[:m] @ q)
+            q.addmv_(self._v[:m].T, self._v[:m] @ q, alpha=-1)
             length = _norm(q)
             if not length > 100 * torch.finfo(self.dtype).eps:
                 return False
-            q = q / length
+            q /= length
+            if length > _LITTLE_REMOVED:
+                break
         w = matvec(q)
-        if not bool(torch.isfinite(w).all()):
+        if not math.isfinite(float(w.sum())):  # one pass; torch.isfinite takes several
             raise RuntimeError(
                 "Expected finite matrix-vector products, got NaN or infinity. The loss or its derivatives overflow "
                 "at the present parameters."
             )
-        self._v[m], self._w[m] = q, w
+        self._w[m] = w
         # T is symmetric up to rounding; the mean of both triangles keeps the better half of the digits.
         row = (self._w[: m + 1] @ q).double().cpu()
         column = (self._v[: m + 1] @ w).double().cpu()
@@ -214,7 +219,7 @@ class _Basis:
     def residuals(self, theta: Tensor, s: Tensor, top: int) -> Tensor:
         coefficients = s[:, :top].T.to(self._v)
         shift = theta[:top, None].to(self._v)
-        return coefficients @ self._w[: self.count] - shift * (coefficients @ self._v[: self.count])
+        return torch.addmm(coefficients @ self._w[: self.count], -shift * coefficients, self._v[: self.count])
 
     def restart(self, s: Tensor, keep: int) -> None:
         coefficients = s[:, :keep].T.to(self._v)
@@ -233,8 +238,11 @@ def _start_vectors(v0: Tensor | None, basis: _Basis) -> list[Tensor]:
     block = v0.reshape(n, -1) if v0.ndim in (1, 2) and v0.shape[0] == n else None
     if block is None or block.shape[1] == 0:
         raise ValueError(f"Expected `v0` of shape ({n},) or ({n}, j), got {tuple(v0.shape)}.")
-    usable = [column for column in block.to(basis.device, basis.dtype).T if bool(torch.isfinite(column).all())]
-    return usable[: basis.capacity - 1] if any(bool(v.any()) for v in usable) else [basis.random_vector()]
+    columns = [(column, _norm(column)) for column in block.to(basis.device, basis.dtype).T]
+    usable = [(column, norm) for column, norm in columns if math.isfinite(norm)]
+    if not any(norm > 0.0 for _, norm in usable):
+        return [basis.random_vector()]
+    return [column for column, _ in usable[: basis.capacity - 1]]
 
 
 def _check_arguments(n: int, k: int, rtol: float, atol: float, max_matvecs: int) -> None:
