@@ -17,6 +17,7 @@ from torch import Tensor
 
 _MAX_BASIS = 20
 _LITTLE_REMOVED = 0.7  # of the length left after one orthogonalization: what is left is orthogonal to rounding
+_SLICE = 1 << 18
 _Matvec = Callable[[Tensor], Tensor]
 
 
@@ -145,7 +146,7 @@ def _iterate(
         theta, s = basis.rayleigh_ritz()
         top = min(k, len(theta))
         residual_vectors = basis.residuals(theta, s, top)  # (top, n)
-        residuals = torch.linalg.vector_norm(residual_vectors, dim=1, dtype=torch.float64).cpu()
+        residuals = torch.tensor([_norm(vector) for vector in residual_vectors], dtype=torch.float64)
         open_pairs = residuals > torch.clamp(rtol * theta[:top].abs(), min=atol)
         # With n basis vectors the residuals are rounding.
         converged = basis.count == basis.n or (top == k and not bool(open_pairs.any()))
@@ -255,4 +256,5 @@ def _check_arguments(n: int, k: int, rtol: float, atol: float, max_matvecs: int)
 
 
 def _norm(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+    # In slices, because the double-precision copy of a long vector costs more than all the arithmetic here.
+    return math.hypot(*(float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in torch.split(vector, _SLICE)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,9 @@ from eos_monitor.stability.thresholds import CriticalCurvature, critical_curvatu
 _COLD_RTOL = 1e-4
 # An edge ratio below this is nothing: λ_max ≈ 0 has no relative accuracy to reach.
 _ATOL = 1e-6
+# A critical curvature below this share of the median counts as this share.
+_DEAD = 1e-12
+_SLICE = 1 << 18
 _AUDIT_EVERY = 10
 
 
@@ -220,7 +224,7 @@ class Gauge:
     ) -> StabilityReading:
         assert curvature.c is not None
         edge = _EdgeOperator(operator, curvature)
-        spectrum = self._edge_solver.solve(edge, edge.mask)
+        spectrum = self._edge_solver.solve(edge)
         top = edge.scale * spectrum.eigenvectors[:, 0]  # the critical mode in parameter space
         self._check_products(operator, top)
         if self.products_are_wrong:
@@ -249,7 +253,7 @@ class Gauge:
         raw = _EdgeOperator(
             operator, replace(curvature, c=torch.ones_like(curvature.l2), l2=torch.zeros_like(curvature.l2))
         )
-        spectrum = self._raw_solver.solve(raw, raw.mask)
+        spectrum = self._raw_solver.solve(raw)
         self._check_products(operator, spectrum.eigenvectors[:, 0])
         if self.products_are_wrong:
             return reading
@@ -366,16 +370,23 @@ class _EdgeOperator:
         assert curvature.c is not None
         self.size, self.dtype, self.device = hessian.size, hessian.dtype, hessian.device
         self._hessian, self._sign = hessian, curvature.sign
-        c = curvature.c.to(hessian.device, torch.float64)
-        self.mask = torch.isfinite(c)
-        # Dead units leave Adam's c near zero; so does the curvature there, and the floor keeps 0/0 out.
-        floor = 1e-12 * float(c[self.mask].median()) if bool(self.mask.any()) else 1.0
-        self.scale = torch.where(self.mask, c.clamp(min=floor).rsqrt(), 0.0).to(hessian.dtype)
-        self._l2 = curvature.l2.to(hessian.device, hessian.dtype)
+        c, l2 = _shortened(curvature.c.to(hessian.device)), _shortened(curvature.l2.to(hessian.device, hessian.dtype))
+        least, most = (float(bound) for bound in torch.aminmax(c))
+        self.mask = None if math.isfinite(most) else torch.isfinite(curvature.c.to(hessian.device))  # None: all
+        if least < _DEAD * most:
+            # Dead units leave Adam's c near zero; so does the curvature there, and the floor keeps 0/0 out.
+            c = c.clamp(min=_DEAD * float(c[torch.isfinite(c)].median()))
+        self.scale = c.rsqrt().to(hessian.dtype)  # (n,) or (1,); 0 where c is infinite
+        self._l2 = l2 if bool(l2.any()) else None
 
     def matvec(self, u: Tensor) -> Tensor:
         v = self.scale * u
-        return self.scale * (self._sign * self._hessian.matvec(v) + self._l2 * v)
+        product = self._hessian.matvec(v)
+        if self._sign < 0:
+            product = -product
+        if self._l2 is not None:
+            product = product + self._l2 * v
+        return self.scale * product
 
 
 class _WarmSolver:
@@ -386,17 +397,19 @@ class _WarmSolver:
         self.block: Tensor | None = None
         self._solves = 0
 
-    def solve(self, operator: _EdgeOperator, mask: Tensor) -> Spectrum:
+    def solve(self, operator: _EdgeOperator) -> Spectrum:
+        mask = operator.mask
         warm = self.block is not None and self.block.shape[0] == operator.size
         start = self.block.reshape(operator.size, -1).to(operator.device) if warm and self.block is not None else None
         # A new top direction may be born outside the recycled block.
         if start is None or self._solves % _AUDIT_EVERY == _AUDIT_EVERY - 1:
             fresh = torch.randn(operator.size, 1, generator=self._generator).to(operator.device, operator.dtype)
-            start = fresh if start is None else torch.cat([start.to(operator.dtype), fresh], dim=1)
+            # By rows, which is how the basis holds them.
+            start = fresh if start is None else torch.cat([start.to(operator.dtype).T, fresh.T]).T
         spectrum, self.block = lanczos_recycled(
             operator,
-            start * mask[:, None],
-            k=min(self._k, int(mask.sum())),
+            start if mask is None else start * mask[:, None],
+            k=min(self._k, operator.size if mask is None else int(mask.sum())),
             rtol=self._rtol if warm else min(self._rtol, max(_COLD_RTOL, 8 * torch.finfo(operator.dtype).eps)),
             atol=_ATOL,
             max_matvecs=self._max_matvecs,
@@ -410,6 +423,8 @@ def _common_factor(before: CriticalCurvature, now: CriticalCurvature) -> float |
     """Return s with c_now = c_before / s for all coordinates, or None."""
     if before.c is None or now.c is None or before.c.shape != now.c.shape or not torch.equal(before.l2, now.l2):
         return None
+    if torch.equal(before.c, now.c):
+        return 1.0
     known = torch.isfinite(before.c)
     if not torch.equal(known, torch.isfinite(now.c)):
         return None
@@ -422,10 +437,14 @@ def _common_factor(before: CriticalCurvature, now: CriticalCurvature) -> float |
 def _free_sharpness(r: float, curvature: CriticalCurvature) -> float | None:
     """λ_max(H) = r·c − wd where C and W are multiples of the identity."""
     assert curvature.c is not None
-    c, l2 = curvature.c, curvature.l2
-    if not (bool((c == c[0]).all()) and bool((l2 == l2[0]).all())):
-        return None
-    return r * float(c[0]) - float(l2[0])
+    c, l2 = _shortened(curvature.c), _shortened(curvature.l2)
+    return r * float(c) - float(l2) if len(c) == len(l2) == 1 else None
+
+
+def _shortened(values: Tensor) -> Tensor:
+    """Return one entry, ``(1,)``, for all of them where they are equal."""
+    least, most = torch.aminmax(values)
+    return values[:1] if bool(least == most) else values
 
 
 def _edge_scale(r: float, mode: Tensor, optimizers: Sequence[Optimizer]) -> float | None:
@@ -441,10 +460,20 @@ def _edge_scale(r: float, mode: Tensor, optimizers: Sequence[Optimizer]) -> floa
         c = critical_curvature(optimizers, lr_scale=s).c
         if c is None:
             return None
-        found = float((torch.where(torch.isfinite(c), c, 0.0).to(mode.device) * mode.square()).sum(dtype=torch.float64))
+        found = _quadratic_form(_shortened(c.to(mode.device)), mode)
         if found <= 0.0:
             return None  # the decay alone is unstable there
         if abs(found / r - 1) < 1e-6:
             return s
         s *= found / r
     return s
+
+
+def _quadratic_form(c: Tensor, x: Tensor) -> float:
+    """Return xᵀ C x in double precision, without the coordinates whose c is infinite (their x is 0)."""
+    total = 0.0
+    for part in range(0, len(x), _SLICE):  # a double-precision copy of a long vector costs more than the sum
+        weights = x[part : part + _SLICE].double().square()
+        terms = weights * (c if len(c) == 1 else c[part : part + _SLICE].double())
+        total += float(torch.where(weights > 0.0, terms, 0.0).sum())
+    return total

@@ -207,12 +207,16 @@ def _plain(group: Group) -> dict[str, Any]:
 
 
 def _flat(values: Sequence[float | Tensor], params: Sequence[Tensor]) -> Tensor:
-    double = any(p.dtype == torch.float64 for p in params)
-    pieces = [
-        torch.as_tensor(value).detach().to(p.device, torch.float64).expand(p.shape).reshape(-1)
-        for value, p in zip(values, params, strict=True)
-    ]
-    return torch.cat([piece.to(params[0].device) for piece in pieces]).to(torch.float64 if double else torch.float32)
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+    sizes = [p.numel() for p in params]
+    flat = torch.empty(sum(sizes), dtype=dtype, device=params[0].device)
+    for piece, value, p in zip(torch.split(flat, sizes), values, params, strict=True):
+        # as_tensor would round a float to single precision.
+        if isinstance(value, (float, int)):
+            piece.fill_(value)
+        else:
+            piece.view(p.shape).copy_(torch.as_tensor(value).detach())
+    return flat
 
 
 @register_critical_curvature(torch.optim.SGD)
