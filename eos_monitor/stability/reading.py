@@ -199,8 +199,7 @@ class Gauge:
             ready=curvature.ready,
         )
         with operator:
-            moving = curvature.c is not None and bool(torch.isfinite(curvature.c).any())
-            if moving and curvature.ready and not self.products_are_wrong:
+            if _can_move(curvature) and curvature.ready and not self.products_are_wrong:
                 reading = self._with_edge(reading, operator, curvature, optimizers)
             if self._raw and reading.sharpness is None and not self.products_are_wrong:
                 reading = self._with_raw_sharpness(reading, operator, curvature)
@@ -287,7 +286,7 @@ class Gauge:
         if curvature.without_threshold:
             rest = "" if curvature.c is None else "; the edge ratio speaks of the other groups"
             notes.append(f"no known threshold for {', '.join(curvature.without_threshold)}{rest}")
-        elif curvature.c is not None and not bool(torch.isfinite(curvature.c).any()):
+        elif curvature.c is not None and not _can_move(curvature):
             notes.append("no edge at a learning rate of 0")
         if operator.unused:
             notes.append(f"{operator.unused:.0%} of the trained parameters are not used by the loss")
@@ -417,6 +416,10 @@ class _WarmSolver:
         )
         self._solves += 1
         return spectrum
+
+
+def _can_move(curvature: CriticalCurvature) -> bool:
+    return curvature.c is not None and bool((curvature.c < math.inf).any())
 
 
 def _common_factor(before: CriticalCurvature, now: CriticalCurvature) -> float | None:
