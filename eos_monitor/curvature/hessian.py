@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from eos_monitor.curvature.sandbox import LossFn, Sandbox, batch_tensors, preserve_rng
 
@@ -215,7 +216,8 @@ class HessianOperator:
 
     def _evaluate(self, index: int, points: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         parameters = dict(zip(self._params, points, strict=True))
-        loss = self._sandbox.evaluate(self._loss_fn, self._batches[index], parameters, stream=index, dtype=dtype)
+        with _Widened() if dtype == torch.float64 else nullcontext():
+            loss = self._sandbox.evaluate(self._loss_fn, self._batches[index], parameters, stream=index, dtype=dtype)
         return _check_loss(loss)
 
     def _record(self, index: int) -> _GradientGraph:
@@ -230,6 +232,23 @@ class HessianOperator:
         return [
             piece.view(p.shape).to(p.device, dtype or p.dtype) for piece, p in zip(pieces, self._params, strict=True)
         ]
+
+
+class _Widened(TorchFunctionMode):
+    """Makes every conversion to a shorter floating-point type one to double precision.
+
+    A ``logits.float()`` in the loss would round away the small steps of the self-check.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func = Tensor.double
+        return func(*map(_widen, args), **{key: _widen(value) for key, value in (kwargs or {}).items()})
+
+
+def _widen(argument: Any) -> Any:
+    short = isinstance(argument, torch.dtype) and argument.is_floating_point
+    return torch.float64 if short else argument
 
 
 class _GradientGraph:
