@@ -145,6 +145,7 @@ def make_logger(pl: Any) -> Any:
 def run(namespace: str, case: Case, folder: Any, make_callback: Callable[[Any], Any]) -> dict[str, Any]:
     """Run ``case`` with the callback that ``make_callback(pl)`` gives (None: without) and take everything down."""
     pl = importlib.import_module(namespace)
+    folder.mkdir()
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
     random.seed(0)

@@ -382,11 +382,11 @@ def fresh(case: Case) -> dict[str, Any]:
 @pytest.mark.parametrize(("namespace", "name"), PARAMETERS)
 def test_monitor_leaves_the_run_bit_identical(namespace: str, name: str, tmp_path: Any) -> None:
     case = CASES[name]
-    without = run(namespace, case, tmp_path, lambda pl: None)
+    without = run(namespace, case, tmp_path / "without", lambda pl: None)
     with pytest.MonkeyPatch.context() as patch:
         if case.warns:
             patch.setattr("warnings.warn", lambda *args, **kwargs: None)
-        monitored = run(namespace, case, tmp_path, lambda pl: EdgeOfStabilityMonitor(**fresh(case)))
+        monitored = run(namespace, case, tmp_path / "with", lambda pl: EdgeOfStabilityMonitor(**fresh(case)))
     assert differences(without["compared"], monitored["compared"]) == []
     readings = monitored["callback"].readings
     measured = sum(reading.edge_ratio is not None for reading in readings)
@@ -405,8 +405,8 @@ def test_a_naive_callback_is_caught(namespace: str, tmp_path: Any) -> None:
         return Naive()
 
     case = CASES["accumulate-bf16-clip-scheduler"]
-    without = run(namespace, case, tmp_path, lambda pl: None)
-    found = differences(without["compared"], run(namespace, case, tmp_path, naive)["compared"])
+    without = run(namespace, case, tmp_path / "without", lambda pl: None)
+    found = differences(without["compared"], run(namespace, case, tmp_path / "with", naive)["compared"])
     kinds = {re.split("[/:]", place)[1] for place in found}
     assert {"weights", "buffers", "gradients", "optimizer", "attributes", "callback_metrics", "rows", "rng"} <= kinds
 
