@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
+Run = tuple[str, Sequence[Row], Sequence[tuple[int, float]]]
 
 # Light grounds that keep their order in grey; the same hue means the same verdict everywhere.
 VERDICT_COLORS = {
@@ -37,16 +38,29 @@ def run_figure(rows: Sequence[Row], losses: Sequence[tuple[int, float]] = (), ti
     Raises:
         ImportError: If matplotlib is missing.
     """
+    return runs_figure([(title, rows, losses)])
+
+
+def runs_figure(runs: Sequence[Run]) -> Figure:
+    """Draw several runs side by side, each like :func:`run_figure`.
+
+    Args:
+        runs: ``(title, rows, losses)`` of each.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
     from matplotlib.figure import Figure  # not pyplot: no global state, no window
 
-    figure = Figure(figsize=(8.0, 7.0), layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True)
-    _draw_loss(axes[0], rows, losses)
-    _draw_sharpness(axes[1], rows)
-    _draw_edge_ratio(axes[2], rows)
-    axes[2].set_xlabel("optimizer step")
-    if title:
-        figure.suptitle(title)
+    figure = Figure(figsize=(8.0 if len(runs) == 1 else 5.5 * len(runs), 7.0), layout="constrained")
+    axes = figure.subplots(3, len(runs), sharex="col", squeeze=False)
+    for column, (title, rows, losses) in zip(axes.T, runs, strict=True):
+        column[0].set_title(title)
+        _draw_loss(column[0], rows, losses)
+        _draw_sharpness(column[1], rows)
+        _draw_edge_ratio(column[2], rows)
+        column[2].set_xlabel("optimizer step")
+        column[2].margins(x=0.01)
     return figure
 
 
@@ -65,10 +79,16 @@ def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
 
 
 def _draw_loss(ax: Axes, rows: Sequence[Row], losses: Sequence[tuple[int, float]]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     steps, values = ([s for s, _ in losses], [v for _, v in losses]) if losses else _series(rows, "loss")
     ax.plot(steps, values, color="#333333", linewidth=1.0)
-    if values and min(values) > 0:
+    if values and min(values) > 0 and max(values) > 10 * min(values):
         ax.set_yscale("log")
+        if max(values) < 100 * min(values):
+            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_major_formatter("{x:g}")
     ax.set_ylabel("training loss" if losses else "loss on the probe")
 
 
@@ -97,7 +117,7 @@ def _draw_sharpness(ax: Axes, rows: Sequence[Row]) -> None:
         ax.plot(at, thresholds, color="#b3261e", linestyle="--", linewidth=1.0, label="threshold")
     if values:
         ax.set_ylim(bottom=min(0.0, *values))
-        ax.legend(loc="lower right", fontsize="small")
+        _legend(ax, values)
 
 
 def _draw_edge_ratio(ax: Axes, rows: Sequence[Row]) -> None:
@@ -115,7 +135,13 @@ def _draw_edge_ratio(ax: Axes, rows: Sequence[Row]) -> None:
         ax.set_ylim(min(0.0, *values), max(1.1, 1.05 * max(values)))
     ax.set_ylabel("edge ratio")
     if labelled:
-        ax.legend(loc="lower right", fontsize="small")
+        _legend(ax, values)
+
+
+def _legend(ax: Axes, values: Sequence[float]) -> None:
+    """Put the legend where the end of the curve is not."""
+    low = bool(values) and values[-1] < 0.4 * ax.get_ylim()[1]
+    ax.legend(loc="center right" if low else "lower right", fontsize="small")
 
 
 def _line(ax: Axes, steps: Sequence[int], values: Sequence[float], color: str, label: str | None) -> None:

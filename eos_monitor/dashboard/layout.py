@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def custom_scalars_layout(prefix: str = "eos") -> dict[str, dict[str, list[str | list[str]]]]:
     """Return the layout for ``SummaryWriter.add_custom_scalars``.
@@ -12,7 +14,7 @@ def custom_scalars_layout(prefix: str = "eos") -> dict[str, dict[str, list[str |
 
     def lines(*names: str) -> list[str | list[str]]:
         # Tags are regular expressions: without anchors `eos/edge_ratio` would also draw `eos/edge_ratio_next`.
-        return ["Multiline", [f"^{prefix}/{name}$" for name in names]]
+        return ["Multiline", [f"^{re.escape(prefix)}/{name}$" for name in names]]
 
     return {
         "Edge of stability": {
@@ -21,6 +23,7 @@ def custom_scalars_layout(prefix: str = "eos") -> dict[str, dict[str, list[str |
             "sharpness": lines("sharpness"),
             "verdict (1 stable, 3 edge, 5 diverging)": lines("verdict"),
             "error of the edge ratio": lines("error"),
-            "cost: products and overhead": lines("matvecs", "overhead"),
+            "cost: products per reading": lines("matvecs"),
+            "cost: share of the training time": lines("overhead"),
         }
     }

@@ -19,13 +19,14 @@ def run_report(
     """
     if not rows:
         return "No reading was taken."
-    lines = [f"{len(rows)} readings, steps {rows[0]['step']} to {rows[-1]['step']}."]
+    span = f"steps {rows[0]['step']} to {rows[-1]['step']}" if len(rows) > 1 else f"at step {rows[0]['step']}"
+    lines = [f"{_count(len(rows))}, {span}."]
     measured = [row for row in rows if row.get("edge_ratio") is not None]
     if measured:
         lines.append(_edge_sentence(measured))
     else:
         lines.append("None of them has an edge ratio.")
-    changes = ", ".join(f"{verdict} from step {step}" for step, verdict in verdicts)
+    changes = ", ".join(f"{verdict} from step {step}" for step, verdict in dict(verdicts).items())
     if changes:
         lines.append(f"Verdicts: {changes}.")
     if not all(row["full_batch"] for row in rows):
@@ -40,15 +41,21 @@ def run_report(
 
 def _edge_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     first, last, top = rows[0], rows[-1], max(rows, key=lambda row: float(row["edge_ratio"]))
-    sentence = (
-        f"Edge ratio {first['edge_ratio']:.3g} at step {first['step']}, {last['edge_ratio']:.3g} at step "
-        f"{last['step']}; highest {top['edge_ratio']:.3g} at step {top['step']} (1 is the full-batch edge)."
-    )
+    course = f"Edge ratio {first['edge_ratio']:.3g} at step {first['step']}"
+    if len(rows) > 1:
+        course += (
+            f", {last['edge_ratio']:.3g} at step {last['step']}; highest {top['edge_ratio']:.3g} at step {top['step']}"
+        )
+    sentence = f"{course} (1 is the full-batch edge)."
     if last["edge_lr"] is not None and last["full_batch"]:
         rates = ", ".join(f"{value:.3g}" for value in last["edge_lr"])
         sentence += f" At the end the edge was at lr {rates}."
     poor = sum(not row["converged"] for row in rows)
-    return sentence + (f" {poor} readings did not converge." if poor else "")
+    return sentence + (f" {_count(poor)} did not converge." if poor else "")
+
+
+def _count(readings: int) -> str:
+    return f"{readings} reading{'' if readings == 1 else 's'}"
 
 
 def _cost_sentence(rows: Sequence[Mapping[str, Any]], overhead: float | None) -> str:

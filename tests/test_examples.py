@@ -1,0 +1,38 @@
+"""Every example runs."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# example -> arguments of `main` that keep it short
+SETTINGS: dict[str, dict[str, Any]] = {"quickstart": {"max_epochs": 4}}
+
+
+def test_every_example_is_here() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SETTINGS)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(name: str) -> Any:
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](**SETTINGS[name])
+
+
+def test_quickstart_tells_and_leaves_what_it_promises(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run("quickstart")
+    # 1797 digits make 29 batches, four epochs 116 steps: readings before steps 50 and 100
+    assert report.startswith("2 readings, steps 50 to 100.")
+    assert report in capsys.readouterr().out
+    folder = workplace / "lightning_logs" / "version_0"
+    names = {path.name for path in folder.iterdir()}
+    assert {"eos_readings.jsonl", "eos_run.png"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
