@@ -243,7 +243,7 @@ def _start_vectors(v0: Tensor | None, basis: _Basis) -> list[Tensor]:
     usable = [(column, norm) for column, norm in columns if math.isfinite(norm)]
     if not any(norm > 0.0 for _, norm in usable):
         return [basis.random_vector()]
-    return [column for column, _ in usable[: basis.capacity - 1]]
+    return [column for column, _ in usable[: max(1, basis.capacity - 1)]]
 
 
 def _check_arguments(n: int, k: int, rtol: float, atol: float, max_matvecs: int) -> None:

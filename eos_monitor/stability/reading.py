@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from eos_monitor.curvature.hessian import HessianOperator
 from eos_monitor.curvature.lanczos import Spectrum, lanczos_recycled
 from eos_monitor.curvature.sandbox import LossFn, Sandbox
+from eos_monitor.stability.edge_scale import edge_scale, edge_scale_along, shortened
 from eos_monitor.stability.thresholds import CriticalCurvature, critical_curvature, learning_rates
 
 # A cold start stopped at 1e-3 sat on the second eigenvalue of {1, 0.98, bulk} in 4 of 200 seeded runs (n = 2,000), at
@@ -24,7 +25,6 @@ _COLD_RTOL = 1e-4
 _ATOL = 1e-6
 # A critical curvature below this share of the median counts as this share.
 _DEAD = 1e-12
-_SLICE = 1 << 18
 _AUDIT_EVERY = 10
 
 
@@ -89,10 +89,17 @@ class StabilityReading:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A reading together with the critical curvature that it was taken at."""
+    """A reading together with the critical curvature that it was taken at.
+
+    Attributes:
+        reading: The reading.
+        curvature: Critical curvature that it was taken at.
+        mode: Critical mode x in parameter space, xᵀ C x = 1; None without an edge ratio.
+    """
 
     reading: StabilityReading
     curvature: CriticalCurvature
+    mode: Tensor | None = None  # (n,)
 
     def at(self, optimizers: Sequence[Optimizer]) -> StabilityReading:
         """Return the reading for the optimizers' present settings.
@@ -101,16 +108,15 @@ class Measurement:
         exactly; otherwise the reading is marked stale.
         """
         reading, lr = self.reading, learning_rates(optimizers)
-        if reading.edge_ratio is None or self.curvature.c is None:
+        if reading.edge_ratio is None or self.mode is None:
             return replace(reading, lr=lr)
         now = critical_curvature(optimizers)
         s = _common_factor(self.curvature, now)
         if s is None:
             return replace(reading, stale=True)
-        ratio = s * reading.edge_ratio
-        # The edge stays where it was; only the way there has changed.
-        way = next((old / new for old, new in zip(reading.lr, lr, strict=True) if new != old and new > 0.0), 1.0)
-        scale = None if reading.edge_scale is None else reading.edge_scale * way
+        ratio, scale = s * reading.edge_ratio, reading.edge_scale
+        if s != 1.0 and scale is not None:
+            scale = edge_scale_along(s**0.5 * self.mode, ratio, optimizers)
         return replace(
             reading,
             lr=lr,
@@ -198,9 +204,10 @@ class Gauge:
             method=operator.method,
             ready=curvature.ready,
         )
+        mode = None
         with operator:
             if _can_move(curvature) and curvature.ready and not self.products_are_wrong:
-                reading = self._with_edge(reading, operator, curvature, optimizers)
+                reading, mode = self._with_edge(reading, operator, curvature, optimizers)
             if self._raw and reading.sharpness is None and not self.products_are_wrong:
                 reading = self._with_raw_sharpness(reading, operator, curvature)
             loss = operator.loss if operator.loss is not None else operator.evaluate()
@@ -212,6 +219,7 @@ class Gauge:
                 notes=self._notes(curvature, operator),
             ),
             curvature,
+            mode,
         )
 
     def _with_edge(
@@ -220,18 +228,25 @@ class Gauge:
         operator: HessianOperator,
         curvature: CriticalCurvature,
         optimizers: Sequence[Optimizer],
-    ) -> StabilityReading:
+    ) -> tuple[StabilityReading, Tensor | None]:
         assert curvature.c is not None
         edge = _EdgeOperator(operator, curvature)
         spectrum = self._edge_solver.solve(edge)
         top = edge.scale * spectrum.eigenvectors[:, 0]  # the critical mode in parameter space
         self._check_products(operator, top)
         if self.products_are_wrong:
-            return replace(reading, matvecs=spectrum.matvecs)
+            return replace(reading, matvecs=spectrum.matvecs), None
         eigenvalues = tuple(spectrum.eigenvalues.tolist())
         r, residual = eigenvalues[0], float(spectrum.residuals[0])
-        scale = _edge_scale(r, top, optimizers)
-        return replace(
+        scale_solver = _WarmSolver(1, self._rtol, self._max_matvecs, self._generator, self._edge_solver.block)
+
+        def solve(there: CriticalCurvature) -> tuple[float, Tensor]:
+            edge = _EdgeOperator(operator, there)
+            again = scale_solver.solve(edge)
+            return float(again.eigenvalues[0]), edge.scale * again.eigenvectors[:, 0]
+
+        scale = edge_scale(r, top, curvature, optimizers, solve, self._rtol)
+        reading = replace(
             reading,
             edge_ratio=r,
             eigenvalues=eigenvalues,
@@ -242,9 +257,10 @@ class Gauge:
             sharpness=_free_sharpness(r, curvature),
             edge_scale=scale,
             edge_lr=None if scale is None else tuple(scale * lr for lr in reading.lr),
-            matvecs=spectrum.matvecs,
+            matvecs=spectrum.matvecs + scale_solver.matvecs,
             converged=spectrum.converged,
         )
+        return reading, top
 
     def _with_raw_sharpness(
         self, reading: StabilityReading, operator: HessianOperator, curvature: CriticalCurvature
@@ -369,7 +385,7 @@ class _EdgeOperator:
         assert curvature.c is not None
         self.size, self.dtype, self.device = hessian.size, hessian.dtype, hessian.device
         self._hessian, self._sign = hessian, curvature.sign
-        c, l2 = _shortened(curvature.c.to(hessian.device)), _shortened(curvature.l2.to(hessian.device, hessian.dtype))
+        c, l2 = shortened(curvature.c.to(hessian.device)), shortened(curvature.l2.to(hessian.device, hessian.dtype))
         least, most = (float(bound) for bound in torch.aminmax(c))
         self.mask = None if math.isfinite(most) else torch.isfinite(curvature.c.to(hessian.device))  # None: all
         if least < _DEAD * most:
@@ -391,9 +407,12 @@ class _EdgeOperator:
 class _WarmSolver:
     """Eigen-solver that starts from the Ritz vectors of the solve before."""
 
-    def __init__(self, k: int, rtol: float, max_matvecs: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, k: int, rtol: float, max_matvecs: int, generator: torch.Generator, block: Tensor | None = None
+    ) -> None:
         self._k, self._rtol, self._max_matvecs, self._generator = k, rtol, max_matvecs, generator
-        self.block: Tensor | None = None
+        self.block = block
+        self.matvecs = 0  # in all solves
         self._solves = 0
 
     def solve(self, operator: _EdgeOperator) -> Spectrum:
@@ -415,6 +434,7 @@ class _WarmSolver:
             generator=self._generator,
         )
         self._solves += 1
+        self.matvecs += spectrum.matvecs
         return spectrum
 
 
@@ -440,43 +460,5 @@ def _common_factor(before: CriticalCurvature, now: CriticalCurvature) -> float |
 def _free_sharpness(r: float, curvature: CriticalCurvature) -> float | None:
     """λ_max(H) = r·c − wd where C and W are multiples of the identity."""
     assert curvature.c is not None
-    c, l2 = _shortened(curvature.c), _shortened(curvature.l2)
+    c, l2 = shortened(curvature.c), shortened(curvature.l2)
     return r * float(c) - float(l2) if len(c) == len(l2) == 1 else None
-
-
-def _shortened(values: Tensor) -> Tensor:
-    """Return one entry, ``(1,)``, for all of them where they are equal."""
-    least, most = torch.aminmax(values)
-    return values[:1] if bool(least == most) else values
-
-
-def _edge_scale(r: float, mode: Tensor, optimizers: Sequence[Optimizer]) -> float | None:
-    """Solve r(s) = 1 for the common factor s on all learning rates.
-
-    With x the critical mode, scaled so that xᵀ C x = 1 and xᵀ (H + W) x = r, the edge is at xᵀ C(s) x = r: exact where
-    C(s) is a multiple of C, else to first order. c ∝ 1/lr gives s = 1/r at once; decoupled decay takes a few steps.
-    """
-    if r <= 0.0:
-        return None
-    s = 1.0 / r
-    for _ in range(8):
-        c = critical_curvature(optimizers, lr_scale=s).c
-        if c is None:
-            return None
-        found = _quadratic_form(_shortened(c.to(mode.device)), mode)
-        if found <= 0.0:
-            return None  # the decay alone is unstable there
-        if abs(found / r - 1) < 1e-6:
-            return s
-        s *= found / r
-    return s
-
-
-def _quadratic_form(c: Tensor, x: Tensor) -> float:
-    """Return xᵀ C x in double precision, without the coordinates whose c is infinite (their x is 0)."""
-    total = 0.0
-    for part in range(0, len(x), _SLICE):  # a double-precision copy of a long vector costs more than the sum
-        weights = x[part : part + _SLICE].double().square()
-        terms = weights * (c if len(c) == 1 else c[part : part + _SLICE].double())
-        total += float(torch.where(weights > 0.0, terms, 0.0).sum())
-    return total

@@ -128,7 +128,9 @@ def critical_curvature(optimizers: Optimizer | Iterable[Optimizer], *, lr_scale:
     if len(signs) > 1:
         raise ValueError("Expected groups that all minimize or all maximize the loss, got both: a game has no edge.")
     params = tuple(entry.param for entry in entries)
-    # An Adam parameter that never had a gradient has no state; like a group without a rule it drops out.
+    # An Adam parameter that never had a gradient has no state; like a group without a rule it drops out. An optimizer
+    # that has no state at all has not begun.
+    begun = {entry.position for entry in entries if entry.begun or entry.limit is not None or not entry.known}
     unknown = sorted({entry.optimizer for entry in entries if not entry.known})
     thresholds = {limit.threshold for limit in known}
     return CriticalCurvature(
@@ -138,7 +140,7 @@ def critical_curvature(optimizers: Optimizer | Iterable[Optimizer], *, lr_scale:
         params=params,
         names=tuple(entry.name for entry in entries),
         sign=signs.pop() if signs else 1,
-        ready=all(limit.ready for limit in known) and (bool(known) or bool(unknown)),
+        ready=all(limit.ready for limit in known) and all(entry.position in begun for entry in entries),
         without_threshold=tuple(unknown),
     )
 
@@ -152,6 +154,8 @@ class _Entry(NamedTuple):
     param: Tensor
     name: str
     optimizer: str
+    position: int  # of the optimizer
+    begun: bool  # whether the optimizer has any state
     limit: Limit | None
     known: bool  # whether the optimizer has a rule, even if this parameter has no state yet
     maximize: bool
@@ -176,7 +180,14 @@ def _entries(optimizers: Sequence[Optimizer], lr_scale: float) -> Iterable[_Entr
                 # .get: looking a parameter up in the defaultdict would create its state.
                 limit = _limit(rule, settings, param, optimizer.state.get(param, {})) if rule else None
                 yield _Entry(
-                    param, name, type(optimizer).__name__, limit, rule is not None, bool(settings.get("maximize"))
+                    param=param,
+                    name=name,
+                    optimizer=type(optimizer).__name__,
+                    position=o,
+                    begun=bool(optimizer.state),
+                    limit=limit,
+                    known=rule is not None,
+                    maximize=bool(settings.get("maximize")),
                 )
 
 

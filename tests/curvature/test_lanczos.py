@@ -174,6 +174,15 @@ def test_size_one_needs_one_product() -> None:
     assert (found.eigenvalues.tolist(), found.matvecs, found.converged) == ([-3.0], 1, True)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_start_block_as_wide_as_the_space(n: int) -> None:
+    a = matrix(torch.linspace(-2, 3, n, dtype=torch.float64))
+    found = lanczos(Counting(a), v0=torch.eye(n, dtype=torch.float64), rtol=1e-10)
+    assert found.converged
+    assert found.matvecs <= n
+    assert float(found.eigenvalues[0]) == pytest.approx(float(torch.linalg.eigvalsh(a)[-1]), rel=1e-12)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 def test_product_that_is_not_finite_raises(value: float) -> None:
     with pytest.raises(RuntimeError, match="Expected finite matrix-vector products, got NaN or infinity"):
