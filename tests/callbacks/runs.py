@@ -238,6 +238,8 @@ def plain(value: Any) -> Any:
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
     """Places where two results are not the same, bit by bit."""
     if isinstance(a, torch.Tensor):
+        if a.is_sparse and isinstance(b, torch.Tensor) and b.is_sparse:
+            a, b = a.to_dense(), b.to_dense()
         same = isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape
         # NaN equals itself here: the question is whether anything changed.
         return [] if same and bool(((a == b) | ((a != a) & (b != b))).all()) else [where]
