@@ -490,7 +490,7 @@ def test_a_log_folder_that_cannot_be_written_costs_only_the_file(how: str, tmp_p
     else:
         folder.write_text("in the way")
     monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe_samples=8, alerts=())
-    with pytest.warns(UserWarning, match=r"output \(file\) failed") as caught:
+    with pytest.warns(UserWarning, match=r"output \((file|figure)\) failed") as caught:
         trainer = fit(plain_module(), folder, [monitor])
     assert len([w for w in caught if "(file)" in str(w.message)]) == 1
     assert trainer.global_step == STEPS
