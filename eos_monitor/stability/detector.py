@@ -34,10 +34,11 @@ class InstabilityDetector:
     In order of precedence:
 
     * ``DIVERGING``: a loss was not finite; left after 128 finite ones in a row.
-    * ``EDGE``: two of the last three edge ratios were at least 0.95; left after three in a row with r + 2·error < 0.85.
+    * ``EDGE``: an edge ratio was above 1 by more than 2·error, or two of the last three were at least 0.95; left after
+      three in a row with r + 2·error < 0.85.
     * ``WARMING_UP``: no reading with an edge ratio yet, or the optimizer's state is too young.
     * ``STABLE``: r + 2·error < 1 on a full-batch reading. With minibatches instability comes earlier than r = 1, so
-      that a small r proves nothing and the verdict is ``UNKNOWN``.
+      that a small r proves nothing and the verdict is ``UNKNOWN``, as it is where r is too close to 1 to call.
 
     Readings that did not converge, or that are stale, leave the verdict as it is.
 
@@ -103,15 +104,11 @@ class InstabilityDetector:
             return
         if reading.stale or not reading.converged:
             return
+        upper_bound = reading.edge_ratio + 2 * reading.error
         self._ratios.append(reading.edge_ratio)
-        self._upper_bounds.append(reading.edge_ratio + 2 * reading.error)
-        if sum(r >= _ENTER_EDGE for r in self._ratios) >= 2:
+        self._upper_bounds.append(upper_bound)
+        if reading.edge_ratio - 2 * reading.error > 1.0 or sum(r >= _ENTER_EDGE for r in self._ratios) >= 2:
             self._at_edge = True
         elif len(self._upper_bounds) == 3 and max(self._upper_bounds) < _LEAVE_EDGE:
             self._at_edge = False
-        if not reading.full_batch:
-            self._calm = Verdict.UNKNOWN
-        elif self._upper_bounds[-1] < 1.0:
-            self._calm = Verdict.STABLE
-        elif self._calm is Verdict.WARMING_UP:
-            self._calm = Verdict.UNKNOWN
+        self._calm = Verdict.STABLE if reading.full_batch and upper_bound < 1.0 else Verdict.UNKNOWN
