@@ -86,16 +86,19 @@ def test_events_readings_and_figures_are_left(demo: EdgeDemo) -> None:
     assert demo.figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_leaves_generator_and_loggers_alone(tmp_path: Path) -> None:
+def test_demo_leaves_generator_threads_and_loggers_alone(tmp_path: Path) -> None:
     loggers = [rank_zero.log, logging.getLogger("pytorch_lightning.eos_monitor")]
     before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
-    generator = torch.get_rng_state()
+    generator, threads = torch.get_rng_state(), torch.get_num_threads()
     try:
+        torch.set_num_threads(2)
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         run_edge_demo(tmp_path, steps=1)
         assert [logger.level for logger in loggers] == [logging.ERROR] * 2
+        assert torch.get_num_threads() == 2
     finally:
+        torch.set_num_threads(threads)
         for logger, (level, _, _) in zip(loggers, before, strict=True):
             logger.setLevel(level)
     assert [(logger.level, logger.propagate, logger.handlers) for logger in loggers] == before
