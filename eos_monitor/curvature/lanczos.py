@@ -119,29 +119,42 @@ def lanczos_recycled(
     atol: float,
     max_matvecs: int,
     generator: torch.Generator,
+    explore: int = 0,
     share: float = 0.85,
     width: int = 4,
 ) -> tuple[Spectrum, Tensor]:
     """Solve as :func:`lanczos` does and also return the block ``(n, j)`` to start from at a nearby operator.
 
-    The block holds the leading Ritz vectors with ``θᵢ ≥ share · θ₁``: at least k of them and at most ``max(width, k)``.
-    At the edge of stability several eigenvalues crowd at the top, and a single recycled vector follows the wrong one.
+    ``explore`` products go into the Krylov space of the last column of ``block`` before any stop. The block returned
+    holds the leading Ritz vectors with ``θᵢ ≥ share · θ₁``: at least k of them and at most ``max(width, k)``. At
+    the edge of stability several eigenvalues crowd at the top, and a single recycled vector follows the wrong one.
     """
     n = operator.size
     capacity = min(n, max(_MAX_BASIS, 2 * k + 4))
     basis = _Basis(n, capacity, operator.dtype, operator.device, generator)
-    spectrum, theta, s = _iterate(basis, operator.matvec, block, k, rtol, atol, max_matvecs)
+    spectrum, theta, s = _iterate(basis, operator.matvec, block, k, rtol, atol, max_matvecs, explore)
     leading = int((theta[: max(width, k)] >= share * theta[0].clamp(min=0.0)).sum())
     return spectrum, basis.ritz_vectors(s, max(k, leading)).T
 
 
 def _iterate(
-    basis: _Basis, matvec: _Matvec, v0: Tensor | None, k: int, rtol: float, atol: float, max_matvecs: int
+    basis: _Basis,
+    matvec: _Matvec,
+    v0: Tensor | None,
+    k: int,
+    rtol: float,
+    atol: float,
+    max_matvecs: int,
+    explore: int = 0,
 ) -> tuple[Spectrum, Tensor, Tensor]:
     matvecs = 0
     for start in _start_vectors(v0, basis):
         if matvecs < max_matvecs and basis.add(start, matvec):
             matvecs += 1
+    while explore > 0 and matvecs < max_matvecs and basis.count < basis.capacity:
+        if not basis.add(basis.last_product(), matvec):
+            break
+        matvecs, explore = matvecs + 1, explore - 1
     while True:
         theta, s = basis.rayleigh_ritz()
         top = min(k, len(theta))
@@ -209,6 +222,9 @@ class _Basis:
         self._t[m, : m + 1] = self._t[: m + 1, m] = (row + column) / 2
         self.count = m + 1
         return True
+
+    def last_product(self) -> Tensor:
+        return self._w[self.count - 1]
 
     def rayleigh_ritz(self) -> tuple[Tensor, Tensor]:
         theta, s = torch.linalg.eigh(self._t[: self.count, : self.count])

@@ -30,6 +30,7 @@ _ATOL = 1e-6
 # A critical curvature below this share of the median counts as this share.
 _DEAD = 1e-12
 _AUDIT_EVERY = 10
+_AUDIT_PRODUCTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,9 +377,12 @@ def measure_stability(
         raw_sharpness=raw_sharpness,
         batch_size_fn=batch_size_fn,
     )
-    if v0 is not None:
-        gauge.start_from(v0)
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    if v0 is not None:
+        n = sum(p.numel() for o in optimizers for g in o.param_groups for p in g["params"] if p.requires_grad)
+        if v0.ndim not in (1, 2) or v0.shape[0] != n or v0.numel() == 0:
+            raise ValueError(f"Expected `v0` of shape ({n},) or ({n}, j), got {tuple(v0.shape)}.")
+        gauge.start_from(v0)
     return gauge.measure(module, loss_fn, batches, optimizers, step=step, full_batch=full_batch).reading
 
 
@@ -423,8 +427,10 @@ class _WarmSolver:
         mask = operator.mask
         warm = self.block is not None and self.block.shape[0] == operator.size
         start = self.block.reshape(operator.size, -1).to(operator.device) if warm and self.block is not None else None
-        # A new top direction may be born outside the recycled block.
-        if start is None or self._solves % _AUDIT_EVERY == _AUDIT_EVERY - 1:
+        # A new top direction may be born outside the recycled block. A random vector alone would not show it: the
+        # block's own top pair has converged, and the solve would stop.
+        audit = warm and self._solves % _AUDIT_EVERY == _AUDIT_EVERY - 1
+        if start is None or audit:
             fresh = torch.randn(operator.size, 1, generator=self._generator).to(operator.device, operator.dtype)
             # By rows, which is how the basis holds them.
             start = fresh if start is None else torch.cat([start.to(operator.dtype).T, fresh.T]).T
@@ -438,6 +444,7 @@ class _WarmSolver:
             atol=_ATOL,
             max_matvecs=self._max_matvecs,
             generator=self._generator,
+            explore=_AUDIT_PRODUCTS if audit else 0,
         )
         self._solves += 1
         self.matvecs += spectrum.matvecs

@@ -394,3 +394,22 @@ def test_recycled_block_follows_a_crossing() -> None:
     assert found.matvecs <= 6
     alone = lanczos(moved, v0=q[:, 0], rtol=1e-4)
     assert float(alone.eigenvalues[0]) == pytest.approx(0.97, rel=1e-4)
+
+
+@pytest.mark.parametrize("explore", [0, 8])
+def test_exploring_finds_what_the_block_has_no_share_of(explore: int) -> None:
+    """The block's own pair has converged; without products along the new column nothing else is seen."""
+    q = torch.linalg.qr(torch.randn(200, 200, generator=torch.Generator().manual_seed(4), dtype=torch.float64))[0]
+    operator = Counting(q @ torch.diag(outliers(200, 1.0, 2.0, low=-0.9, high=0.9)) @ q.T)
+    fresh = torch.randn(200, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    arguments = {"k": 1, "rtol": 1e-3, "atol": 0.0, "max_matvecs": 64, "generator": torch.Generator().manual_seed(0)}
+    found, _ = lanczos_recycled(operator, torch.cat([q[:, :1], fresh], dim=1), explore=explore, **arguments)
+    assert found.matvecs == operator.calls
+    assert float(found.eigenvalues[0]) == pytest.approx(2.0 if explore else 1.0, rel=1e-3)
+
+
+def test_exploring_keeps_the_bound_on_products() -> None:
+    operator = Counting(matrix(SPECTRA["no-gap"]))
+    arguments = {"k": 1, "rtol": 1e-9, "atol": 0.0, "generator": torch.Generator().manual_seed(0)}
+    found, _ = lanczos_recycled(operator, torch.eye(120, 1).double(), explore=30, max_matvecs=5, **arguments)
+    assert found.matvecs == operator.calls == 5
