@@ -3,7 +3,7 @@
 Nothing that is live gets written. References are swapped: every sub-module's attributes are replaced by copies for the
 time of an evaluation and the original objects are put back, never copied back (a copy would bump the version counters
 that a live autograd graph checks). Parameters are replaced by detached tensors that share their storage, so that
-neither ``.grad`` nor any gradient hook of the user is reached.
+neither ``.grad`` nor any gradient hook of the user is reached; backward hooks of modules are left out.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ class Sandbox:
         for module, original in self._originals:
             _replace_attributes(module, {name: _copy(value, memo, dtype) for name, value in original.items()})
         for module, _ in self._originals:
+            # Backward hooks watch training's own backward passes, and a reading is full of others.
+            module.__dict__.update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
             module.__dict__.update(self._overrides(module) if self._overrides else {})
         _seed_everything(self._seed + stream)
         return loss_fn(self._module, map_batch(clone_batch(batch), lambda x: _cast(x, dtype)))
