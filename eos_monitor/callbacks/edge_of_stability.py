@@ -18,7 +18,7 @@ from eos_monitor.callbacks.trainer_sandbox import TrainerSandbox
 from eos_monitor.curvature.sandbox import LossFn
 from eos_monitor.dashboard.report import run_report
 from eos_monitor.stability.detector import Verdict
-from eos_monitor.stability.engine import Engine
+from eos_monitor.stability.engine import Engine, Ranks
 from eos_monitor.stability.reading import Measurement, StabilityReading
 
 _LOSS_POINTS = 4000  # kept for the figure; thinned out beyond
@@ -166,10 +166,13 @@ class EdgeOfStabilityMonitor(Callback):
         self._used, self._active = True, False
         if not self._enabled or os.environ.get("EOS_MONITOR", "").lower() == "off":
             return
-        if trainer.barebones or trainer.world_size > 1:
-            why = "Trainer(barebones=True)" if trainer.barebones else f"{trainer.world_size} processes"
-            self._engine.turn_off(f"It does not measure with {why} yet.")
+        why_not = _unsupported(trainer)
+        if why_not:
+            self._engine.turn_off(why_not)
             return
+        if trainer.world_size > 1:
+            self._engine.ranks = _ranks_of(trainer)
+            self._engine.samples.share(trainer.world_size)
         self._loss, self._loss_source = _resolve_loss(self._loss_fn, pl_module)
         self._outputs = RunOutputs(trainer, self.name, self._alerts, self._engine.warn_once)
         self._outputs.layout()
@@ -187,7 +190,7 @@ class EdgeOfStabilityMonitor(Callback):
         if not self._active:
             return
         with self._engine.schedule.own_time():
-            self._guarded(self._collect, trainer, batch, batch_idx)
+            self._collect(trainer, batch, batch_idx)
             step = _step(trainer)
             if step == self._window:
                 return
@@ -221,7 +224,7 @@ class EdgeOfStabilityMonitor(Callback):
             self._write_leftover(trainer)
             self._flush_losses(trainer)
             engine.samples.close()
-            on_time = engine.due(step) if engine.schedule.every_n_steps else engine.schedule.affordable()
+            on_time = engine.due(step) if engine.schedule.every_n_steps else engine.affordable()
             possible = engine.off is None and engine.samples.full and engine.samples.kind != "batch"
             if possible and (on_time or not engine.readings):
                 measurement = self._measure(trainer, pl_module, None, step)
@@ -248,7 +251,7 @@ class EdgeOfStabilityMonitor(Callback):
         if not samples.full:
             if trainer.current_epoch > 0 and batch_idx == 0:
                 samples.close()  # the first epoch had fewer samples than were asked for
-            samples.observe(batch)
+            self._engine.collect(batch)
             if batch_idx + 1 >= trainer.num_training_batches:
                 samples.close()
 
@@ -297,8 +300,10 @@ class EdgeOfStabilityMonitor(Callback):
         else:
             seconds = schedule.predicted_cost / schedule.max_overhead
             cadence = f"one about every {seconds:.2g} s of training ({schedule.max_overhead:.0%} of the time)"
+        processes = f" of each of {self._engine.ranks.size} processes" if self._engine.ranks.size > 1 else ""
+        probe = self._engine.samples.describe() + processes
         self._outputs.say(
-            f"loss from {self._loss_source}; probe: {self._engine.samples.describe()}; {describe_threshold(reading)}; "
+            f"loss from {self._loss_source}; probe: {probe}; {describe_threshold(reading)}; "
             f"first reading {reading.seconds:.2g} s ({reading.matvecs} products), then {cadence}; start-up "
             f"{schedule.startup:.2g} s"
         )
@@ -330,17 +335,11 @@ class EdgeOfStabilityMonitor(Callback):
             self._losses = self._losses[::2]
 
     def _finish(self) -> None:
-        self._active = False
+        self._active, self._engine.ranks = False, Ranks()
         if not self._engine.rows:
             return
         path = self._outputs.figure(self._engine.rows, self._losses)
         self._outputs.say(self.report().replace("\n", " ") + (f" Figure: {path}" if path else ""))
-
-    def _guarded(self, action: Callable[..., None], *args: Any) -> None:
-        try:
-            action(*args)
-        except Exception as error:
-            self._engine.turn_off(f"The probe cannot be collected: {error}")
 
 
 class _TrainingStepLoss:
@@ -379,6 +378,29 @@ def _resolve_loss(loss_fn: LossFn | None, pl_module: Any) -> tuple[LossFn, str]:
             f"which would consume the user's data. {remedy}"
         )
     return _TrainingStepLoss(len(names) > 1), "training_step"
+
+
+def _unsupported(trainer: Any) -> str | None:
+    """Say why this Trainer cannot be measured; None if it can."""
+    if trainer.barebones:
+        return "It does not measure with Trainer(barebones=True)."
+    strategies = [cls.__name__ for cls in type(trainer.strategy).__mro__]
+    # DeepSpeed's strategy derives from DDP's and shards all the same.
+    if trainer.world_size > 1 and ("DDPStrategy" not in strategies or "DeepSpeedStrategy" in strategies):
+        return f"It measures on one process or with DDP, not with {strategies[0]}."
+    if any(hasattr(p, "device_mesh") for p in trainer.lightning_module.parameters()):
+        return "It does not measure sharded parameters (DTensor)."
+    return None
+
+
+def _ranks_of(trainer: Any) -> Ranks:
+    strategy, device = trainer.strategy, trainer.lightning_module.device
+
+    def total(tensor: Tensor) -> Tensor:
+        summed: Tensor = strategy.reduce(tensor.detach().clone().to(device), reduce_op="sum")
+        return summed.to(tensor.device)
+
+    return Ranks(trainer.world_size, total, lambda value: strategy.broadcast(value, src=0))
 
 
 def _step(trainer: Any) -> int:

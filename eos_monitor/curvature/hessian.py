@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from eos_monitor.curvature.sandbox import LossFn, Sandbox, batch_tensors, preserve_rng
 
 METHODS = ("auto", "double-backward")
+SumOverRanks = Callable[[Tensor], Tensor]
 
 # Steps of the self-check along a unit vector. In double precision they are so small that hardly any kink (ReLU,
 # max-pooling) lies within reach, which is what makes the comparison sharp; in float32 rounding forbids that.
@@ -63,6 +64,9 @@ class HessianOperator:
         method: ``"auto"`` or ``"double-backward"``.
         batch_size_fn: Number of samples in a batch; by default the first dimension of its first tensor.
         sandbox: Sandbox to run in, when the module needs a special one.
+        sum_over_ranks: Elementwise sum of a flat tensor over the processes of a data-parallel run, each of which holds
+            batches of its own; H is then that of the mean loss over all of them, and where a batch fails on one process
+            the call fails on all. Every process has to make the same calls.
 
     Raises:
         ValueError: If there is no batch, no trainable parameter, or the method is unknown.
@@ -87,12 +91,14 @@ class HessianOperator:
         method: str = "auto",
         batch_size_fn: Callable[[Any], int] | None = None,
         sandbox: Sandbox | None = None,
+        sum_over_ranks: SumOverRanks | None = None,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"Expected `method` to be one of {METHODS}, got {method!r}.")
         self.method = "double-backward"
         self._loss_fn = loss_fn
         self._sandbox = sandbox or Sandbox(module)
+        self._sum_over_ranks = sum_over_ranks
         with preserve_rng():  # a DataLoader's iterator draws its seed from the global generator
             self._batches = list(batches)
         if not self._batches:
@@ -113,7 +119,7 @@ class HessianOperator:
 
     @property
     def samples(self) -> int:
-        """Samples in all batches."""
+        """Samples in the batches of this process."""
         return sum(self._samples)
 
     def __enter__(self) -> HessianOperator:
@@ -140,29 +146,33 @@ class HessianOperator:
         if v.shape != (self.size,):
             raise ValueError(f"Expected a vector of shape ({self.size},), got {tuple(v.shape)}.")
         parts = self._split(v)
-        with self._inside():
-            if len(self._batches) == 1:
-                if self._graph is None or self._graph.outdated(self._params):
-                    self._graph = self._record(0)
-                return self._graph.product(parts, keep=True)
-            total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-            losses, unused = 0.0, 1.0
-            for i, samples in enumerate(self._samples):
+        losses, unused = [0.0] * len(self._batches), [1.0] * len(self._batches)
+
+        def product(i: int) -> Tensor:
+            keep = len(self._batches) == 1
+            graph = self._graph
+            if graph is None or graph.outdated(self._params):
                 graph = self._record(i)
-                weight = samples / self.samples
-                total += weight * graph.product(parts, keep=False)
-                losses += weight * graph.loss
-                unused = min(unused, graph.unused)
-            self.loss, self.unused = losses, unused
-            return total
+                self._graph = graph if keep else None
+            losses[i], unused[i] = graph.loss, graph.unused
+            return graph.product(parts, keep=keep)
+
+        mean = self._mean(product, self.size, self.dtype)
+        self.unused = min(unused)
+        # The loss of this process alone is no mean over the others.
+        if self._sum_over_ranks is None:
+            self.loss = sum(n * loss for n, loss in zip(self._samples, losses, strict=True)) / self.samples
+        return mean
 
     def evaluate(self) -> float:
         """Return the mean loss over the batches."""
-        total = 0.0
-        with self._inside(), torch.no_grad():
-            for i, samples in enumerate(self._samples):
-                total += samples / self.samples * float(self._evaluate(i, [p.detach() for p in self._params]))
-        return total
+        points = [p.detach() for p in self._params]
+
+        def loss(i: int) -> Tensor:
+            with torch.no_grad():  # here, because the sandbox turns recording on
+                return self._evaluate(i, points).reshape(1)
+
+        return float(self._mean(loss, 1, self.dtype))
 
     def gradient(self, shift: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
         """Return the gradient of the mean loss, ``(n,)``, at the parameters plus ``shift``.
@@ -175,13 +185,12 @@ class HessianOperator:
         if shift is not None:
             points = [p + part for p, part in zip(points, self._split(shift, dtype), strict=True)]
         points = [p.requires_grad_() for p in points]
-        total = torch.zeros(self.size, dtype=dtype or self.dtype, device=self.device)
-        with self._inside():
-            for i, samples in enumerate(self._samples):
-                loss = self._evaluate(i, points, dtype)
-                gradients = torch.autograd.grad(loss, points, allow_unused=True)
-                total += samples / self.samples * _flatten(gradients, points, total.dtype, self.device)
-        return total
+
+        def gradient(i: int) -> Tensor:
+            gradients = torch.autograd.grad(self._evaluate(i, points, dtype), points, allow_unused=True)
+            return _flatten(gradients, points, dtype or self.dtype, self.device)
+
+        return self._mean(gradient, self.size, dtype or self.dtype)
 
     def check(self, v: Tensor) -> ProductCheck:
         """Compare ``H v`` with central finite differences; double backward can be wrong without an error.
@@ -208,6 +217,32 @@ class HessianOperator:
             for h in steps
         ]
 
+    def _mean(self, term: Callable[[int], Tensor], size: int, dtype: torch.dtype) -> Tensor:
+        """Return the mean of ``term(batch)`` over the batches of all processes, weighted by their samples."""
+        if self._sum_over_ranks is None:
+            with self._inside():
+                if len(self._batches) == 1:
+                    return term(0)
+                total = torch.zeros(size, dtype=dtype, device=self.device)
+                for i, samples in enumerate(self._samples):
+                    total += samples / self.samples * term(i)
+                return total
+        total = torch.zeros(size + 2, dtype=dtype, device=self.device)  # the sum, its samples, failures
+        failure: Exception | None = None
+        try:
+            with self._inside():
+                for i, samples in enumerate(self._samples):
+                    total[:size] += samples * term(i)
+            total[size] = self.samples
+        except Exception as error:
+            # The others wait in the sum: meet them there with empty hands, and fail together.
+            failure = error
+            total.zero_()[-1] = 1.0
+        total = self._sum_over_ranks(total)
+        if float(total[-1]) > 0.0:
+            raise RuntimeError(f"Expected a loss on every process, got {failure or 'a failure on another one'!r}.")
+        return total[:size] / total[size]
+
     def _inside(self) -> ExitStack:
         stack = ExitStack()
         if not self._entered:
@@ -223,9 +258,7 @@ class HessianOperator:
     def _record(self, index: int) -> _GradientGraph:
         aliases = [p.detach().requires_grad_() for p in self._params]
         loss = self._evaluate(index, aliases)
-        graph = _GradientGraph(loss, aliases, self._params, self.dtype, self.device)
-        self.loss, self.unused = graph.loss, graph.unused
-        return graph
+        return _GradientGraph(loss, aliases, self._params, self.dtype, self.device)
 
     def _split(self, v: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
         pieces = torch.split(v.detach(), [p.numel() for p in self._params])

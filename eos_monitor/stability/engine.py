@@ -8,7 +8,7 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from eos_monitor.curvature.hessian import SumOverRanks
 from eos_monitor.curvature.sandbox import LossFn, Sandbox
 from eos_monitor.stability.detector import InstabilityDetector, Verdict
 from eos_monitor.stability.reading import Gauge, Measurement, StabilityReading
@@ -24,6 +25,25 @@ from eos_monitor.stability.schedule import Schedule
 
 _GIVE_UP_AFTER = 3
 _WARM_UP_RETRY = 10
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a data-parallel run; one process by default.
+
+    Attributes:
+        size: Number of processes.
+        sum: Elementwise sum over them of a flat tensor; None for one process.
+        from_first: What the first process has, on every one.
+    """
+
+    size: int = 1
+    sum: SumOverRanks | None = None
+    from_first: Callable[[Any], Any] = _same
 
 
 class Engine:
@@ -65,6 +85,9 @@ class Engine:
             batch_size_fn=batch_size_fn,
             seed=seed,
         )
+        self.ranks = Ranks()  # set before the first batch, and back after the last
+        self._full_everywhere = False
+        self._probe_failure: str | None = None
         self._failures = 0
         self._warned: set[str] = set()
 
@@ -74,8 +97,25 @@ class Engine:
         return self.detector.verdict
 
     def due(self, step: int) -> bool:
-        """Whether to measure before ``step``."""
-        return self.off is None and self.samples.full and self.schedule.due(step)
+        """Whether to measure before ``step``; the same on every process."""
+        if self.off is not None or not self._ready_everywhere():
+            return False
+        if self.schedule.every_n_steps is not None or not self.schedule.deciding(step):
+            return self.schedule.due(step)
+        # The clocks differ, the first one decides.
+        decision, self.schedule.next_step = self.ranks.from_first((self.schedule.due(step), self.schedule.next_step))
+        return bool(decision)
+
+    def affordable(self) -> bool:
+        """Whether the budget has room for a reading; the same on every process."""
+        return bool(self.ranks.from_first(self.schedule.affordable()))
+
+    def collect(self, batch: Any) -> None:
+        """Offer a training batch to the probe."""
+        try:
+            self.samples.observe(batch)
+        except Exception as error:
+            self._probe_failure = f"The probe cannot be collected: {error}"
 
     def measure(
         self,
@@ -99,6 +139,7 @@ class Engine:
                 step=step,
                 full_batch=full_batch,
                 sandbox=sandbox,
+                sum_over_ranks=self.ranks.sum,
             )
         except Exception as error:
             self._failed(error)
@@ -115,6 +156,7 @@ class Engine:
         self.readings.append(reading)
         if reading.ready and self.off is None:
             self.schedule.measured(reading.step, reading.seconds)
+            self.schedule.next_step = self.ranks.from_first(self.schedule.next_step)
         if reading.edge_ratio is not None and not reading.converged:
             self.warn_once(
                 "unconverged",
@@ -140,6 +182,18 @@ class Engine:
         if topic not in self._warned:
             self._warned.add(topic)
             warnings.warn(message, stacklevel=2)
+
+    def _ready_everywhere(self) -> bool:
+        if not self._full_everywhere:
+            failed, full = self._probe_failure is not None, self.samples.full
+            if self.ranks.sum is not None:
+                failures, filled = self.ranks.sum(torch.tensor([float(failed), float(full)])).tolist()
+                failed, full = failures > 0, filled == self.ranks.size
+            if failed:
+                self.turn_off(self._probe_failure or "The probe cannot be collected on another process.")
+                return False
+            self._full_everywhere = full
+        return self._full_everywhere
 
     def _update(self, step: int, *, loss: float | None = None, reading: StabilityReading | None = None) -> Verdict:
         before = self.detector.verdict

@@ -113,7 +113,7 @@ class StabilityProbe:
         self._step += 1
         reading = None
         with engine.schedule.own_time():
-            engine.samples.observe(batch)
+            engine.collect(batch)
             if self._full_batch:
                 engine.samples.close()  # the first batch is all there is
             if loss is not None:

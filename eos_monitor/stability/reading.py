@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eos_monitor.curvature.hessian import HessianOperator
+from eos_monitor.curvature.hessian import HessianOperator, SumOverRanks
 from eos_monitor.curvature.lanczos import Spectrum, lanczos_recycled
 from eos_monitor.curvature.sandbox import LossFn, Sandbox
 from eos_monitor.stability.edge_scale import edge_scale, edge_scale_along, shortened
@@ -187,25 +187,31 @@ class Gauge:
         step: int,
         full_batch: bool,
         sandbox: Sandbox | None = None,
+        sum_over_ranks: SumOverRanks | None = None,
     ) -> Measurement:
         """Take one reading at the module's present parameters."""
         began = time.perf_counter()
-        curvature = critical_curvature(optimizers)
-        operator = HessianOperator(
-            module,
-            loss_fn,
-            batches,
-            params=curvature.params,
-            method=self._method,
-            batch_size_fn=self._batch_size_fn,
-            sandbox=sandbox,
-        )
+
+        def prepare() -> tuple[CriticalCurvature, HessianOperator]:
+            curvature = critical_curvature(optimizers)
+            return curvature, HessianOperator(
+                module,
+                loss_fn,
+                batches,
+                params=curvature.params,
+                method=self._method,
+                batch_size_fn=self._batch_size_fn,
+                sandbox=sandbox,
+                sum_over_ranks=sum_over_ranks,
+            )
+
+        curvature, operator, samples = _prepared_everywhere(prepare, sum_over_ranks)
         reading = StabilityReading(
             step=step,
             loss=None,
             lr=learning_rates(optimizers),
             full_batch=full_batch,
-            samples=operator.samples,
+            samples=samples,
             method=operator.method,
             ready=curvature.ready,
         )
@@ -384,6 +390,24 @@ def measure_stability(
             raise ValueError(f"Expected `v0` of shape ({n},) or ({n}, j), got {tuple(v0.shape)}.")
         gauge.start_from(v0)
     return gauge.measure(module, loss_fn, batches, optimizers, step=step, full_batch=full_batch).reading
+
+
+def _prepared_everywhere(
+    prepare: Callable[[], tuple[CriticalCurvature, HessianOperator]], sum_over_ranks: SumOverRanks | None
+) -> tuple[CriticalCurvature, HessianOperator, int]:
+    """Prepare a reading on every process, or fail on every one; return the samples of all too."""
+    try:
+        curvature, operator = prepare()
+    except Exception:
+        if sum_over_ranks is not None:
+            sum_over_ranks(torch.tensor([0.0, 1.0]))
+        raise
+    if sum_over_ranks is None:
+        return curvature, operator, operator.samples
+    samples, failures = sum_over_ranks(torch.tensor([float(operator.samples), 0.0])).tolist()
+    if failures:
+        raise RuntimeError("Expected every process to have a probe, got a failure on another one.")
+    return curvature, operator, int(samples)
 
 
 class _EdgeOperator:

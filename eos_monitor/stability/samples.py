@@ -55,6 +55,10 @@ class ProbeSamples:
         """Whether readings can be taken."""
         return self.kind != "fixed" or self._closed or self._enough()
 
+    def share(self, processes: int) -> None:
+        """Collect this process's part of the samples only."""
+        self._wanted = -(-self._wanted // processes)
+
     def observe(self, batch: Any) -> None:
         """Offer the next training batch."""
         if self.kind == "fixed" and not self.full:

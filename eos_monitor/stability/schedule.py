@@ -45,14 +45,14 @@ class Schedule:
         self._clock = clock
         self._began: float | None = None
         self._first_step = 0
-        self._next = 0
+        self.next_step = 0
         self._decided: int | None = None
         self._readings = 0
         self._last_cost = self.predicted_cost = 0.0
 
     def begin(self, step: int) -> None:
         """Start the training clock, at ``step``."""
-        self._began, self._first_step, self._next = self._clock(), step, step
+        self._began, self._first_step, self.next_step = self._clock(), step, step
         self._spent_before = self.spent + self.startup
 
     @contextmanager
@@ -82,16 +82,18 @@ class Schedule:
 
     def due(self, step: int) -> bool:
         """Whether to measure before ``step``; postpones the next decision if the time is not there yet."""
-        if step == self._decided:
-            return False
         if self.every_n_steps is not None:
-            return step % self.every_n_steps == 0
-        if step < self._next:
+            return step != self._decided and step % self.every_n_steps == 0
+        if not self.deciding(step):
             return False
         if self._readings == 0 or self.affordable():
             return True
         self._plan(step)
         return False
+
+    def deciding(self, step: int) -> bool:
+        """Whether ``step`` is one at which the budget is consulted."""
+        return step != self._decided and step >= self.next_step
 
     def affordable(self) -> bool:
         """Whether one more reading stays within the share."""
@@ -107,7 +109,7 @@ class Schedule:
 
     def postpone(self, step: int, steps: int) -> None:
         """Decide no sooner than ``steps`` from ``step``."""
-        self._decided, self._next = step, step + steps
+        self._decided, self.next_step = step, step + steps
 
     def _plan(self, step: int) -> None:
         """Set the step of the next decision: when the time should be there, by what a step has taken so far."""
@@ -120,4 +122,4 @@ class Schedule:
             jitter = self._jitter.uniform(1 - _JITTER, 1 + _JITTER) / (1 - _JITTER)
             wait = max(1.0, missing / (seconds / steps)) * jitter
         # Early steps are a poor clock: look again when there are twice as many.
-        self._next = step + min(math.ceil(wait), max(_RETRY_STEPS, steps))
+        self.next_step = step + min(math.ceil(wait), max(_RETRY_STEPS, steps))
