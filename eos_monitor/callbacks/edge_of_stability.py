@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from eos_monitor.alerts import Sink, alert_of, check_alerts
 from eos_monitor.callbacks._compat import Callback, MisconfigurationException
-from eos_monitor.callbacks.outputs import RunOutputs, describe_threshold, group_names
+from eos_monitor.callbacks.outputs import RunOutputs, describe_optimizers, describe_threshold, group_names
 from eos_monitor.callbacks.trainer_sandbox import TrainerSandbox
 from eos_monitor.curvature.sandbox import LossFn
 from eos_monitor.dashboard.report import run_report
@@ -183,6 +184,7 @@ class EdgeOfStabilityMonitor(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock."""
         self._window: int | None = None
+        self._title = describe_optimizers(trainer.optimizers)
         self._engine.schedule.begin(_step(trainer))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -230,12 +232,12 @@ class EdgeOfStabilityMonitor(Callback):
                 measurement = self._measure(trainer, pl_module, None, step)
                 if measurement is not None:
                     self._write(trainer, measurement.reading)
-        self._finish()
+        self._finish(step)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Draw the figure of what there is."""
         if self._active:
-            self._finish()
+            self._finish(_step(trainer))
 
     # ------------------------------------------------------------------ inside
 
@@ -303,7 +305,7 @@ class EdgeOfStabilityMonitor(Callback):
         processes = f" of each of {self._engine.ranks.size} processes" if self._engine.ranks.size > 1 else ""
         probe = self._engine.samples.describe() + processes
         self._outputs.say(
-            f"loss from {self._loss_source}; probe: {probe}; {describe_threshold(reading)}; "
+            f"{self._title}: {describe_threshold(reading)}; loss from {self._loss_source}; probe: {probe}; "
             f"first reading {reading.seconds:.2g} s ({reading.matvecs} products), then {cadence}; start-up "
             f"{schedule.startup:.2g} s"
         )
@@ -334,12 +336,19 @@ class EdgeOfStabilityMonitor(Callback):
         if len(self._losses) > _LOSS_POINTS:
             self._losses = self._losses[::2]
 
-    def _finish(self) -> None:
-        self._active, self._engine.ranks = False, Ranks()
-        if not self._engine.rows:
+    def _finish(self, step: int) -> None:
+        engine = self._engine
+        self._active, engine.ranks = False, Ranks()
+        engine.schedule.end()
+        if not engine.rows:
             return
-        path = self._outputs.figure(self._engine.rows, self._losses)
-        self._outputs.say(self.report().replace("\n", " ") + (f" Figure: {path}" if path else ""))
+        # Between readings too: a verdict may have come from a loss alone.
+        verdicts = [*engine.verdicts, (step, engine.verdict)]
+        timeline = [*engine.rows, *({"step": at, "verdict": verdict.name} for at, verdict in verdicts)]
+        began = time.perf_counter()
+        path = self._outputs.figure(sorted(timeline, key=lambda row: int(row["step"])), self._losses, self._title)
+        figure = f" Figure ({time.perf_counter() - began:.2g} s): {path}" if path else ""
+        self._outputs.say(self.report().replace("\n", " ") + figure)
 
 
 class _TrainingStepLoss:

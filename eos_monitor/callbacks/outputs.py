@@ -83,14 +83,14 @@ class RunOutputs:
             if callable(getattr(type(logger), "log_text", None)):  # WandbLogger
                 self._guard("text", logger.log_text, key, ["step", "message"], [[alert.step, alert.message]])
 
-    def figure(self, rows: Sequence[Mapping[str, Any]], losses: Sequence[tuple[int, float]]) -> Path | None:
+    def figure(self, rows: Sequence[Mapping[str, Any]], losses: Sequence[tuple[int, float]], title: str) -> Path | None:
         """Draw the run, to a PNG in the log folder and to TensorBoard; return the PNG's path."""
         if not rows or self.folder is None:
             return None
         try:
             from eos_monitor.dashboard.figures import run_figure
 
-            figure = run_figure(rows, losses, title=f"{self._name}: edge of stability")
+            figure = run_figure(rows, losses, title)
         except ImportError:
             self.say("no figure, because matplotlib is missing: pip install 'eos-monitor[plot]'")
             return None
@@ -146,6 +146,16 @@ def group_names(optimizers: Sequence[Any]) -> list[str]:
             base if len(groups) == 1 else f"{base}/{group.get('name', f'pg{i + 1}')}" for i, group in enumerate(groups)
         ]
     return names
+
+
+def describe_optimizers(optimizers: Sequence[Any]) -> str:
+    """Return the optimizers and their learning rates in words."""
+
+    def rates(optimizer: Any) -> str:
+        found = dict.fromkeys(f"{float(group['lr']):.3g}" for group in optimizer.param_groups if "lr" in group)
+        return ", ".join(found)
+
+    return " and ".join(f"{type(optimizer).__name__}, lr {rates(optimizer)}" for optimizer in optimizers)
 
 
 def describe_threshold(reading: StabilityReading) -> str:

@@ -120,7 +120,12 @@ class StabilityProbe:
                 engine.take_loss(step, float(loss))
             if engine.due(step):
                 measurement = engine.measure(
-                    self._module, self._loss_fn, self._optimizers, step=step, batch=batch, full_batch=self._full_batch
+                    self._module,
+                    self._loss_fn,
+                    self._optimizers,
+                    step=step,
+                    batch=batch,
+                    full_batch=self._full_batch and engine.samples.whole,
                 )
                 reading = measurement.reading if measurement else None
         if reading is not None:

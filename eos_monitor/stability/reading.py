@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -166,9 +167,9 @@ class Gauge:
             raise ValueError(f"Expected 0 < `rtol` < 1, got {rtol}.")
         self._k, self._rtol, self._max_matvecs = k, rtol, max_matvecs
         self._method, self._raw, self._batch_size_fn = method, raw_sharpness, batch_size_fn
-        self._generator = torch.Generator().manual_seed(seed)
-        self._edge_solver = _WarmSolver(k, rtol, max_matvecs, self._generator)
-        self._raw_solver = _WarmSolver(1, rtol, max_matvecs, self._generator)
+        self._random = _Random(seed)
+        self._edge_solver = _WarmSolver(k, rtol, max_matvecs, self._random)
+        self._raw_solver = _WarmSolver(1, rtol, max_matvecs, self._random)
         self.check_note: str | None = None
         self.products_are_wrong = False
         self._checked = False
@@ -249,7 +250,7 @@ class Gauge:
             return replace(reading, matvecs=spectrum.matvecs), None
         eigenvalues = tuple(spectrum.eigenvalues.tolist())
         r, residual = eigenvalues[0], float(spectrum.residuals[0])
-        scale_solver = _WarmSolver(1, self._rtol, self._max_matvecs, self._generator, self._edge_solver.block)
+        scale_solver = _WarmSolver(1, self._rtol, self._max_matvecs, self._random, self._edge_solver.block)
 
         def solve(there: CriticalCurvature) -> tuple[float, Tensor]:
             edge = _EdgeOperator(operator, there)
@@ -436,13 +437,22 @@ class _EdgeOperator:
         return self.scale * product
 
 
+class _Random:
+    """A seeded generator that is made on first use: one that exists does not survive the way to a spawned process."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed)
+
+
 class _WarmSolver:
     """Eigen-solver that starts from the Ritz vectors of the solve before."""
 
-    def __init__(
-        self, k: int, rtol: float, max_matvecs: int, generator: torch.Generator, block: Tensor | None = None
-    ) -> None:
-        self._k, self._rtol, self._max_matvecs, self._generator = k, rtol, max_matvecs, generator
+    def __init__(self, k: int, rtol: float, max_matvecs: int, random: _Random, block: Tensor | None = None) -> None:
+        self._k, self._rtol, self._max_matvecs, self._random = k, rtol, max_matvecs, random
         self.block = block
         self.matvecs = 0  # in all solves
         self._solves = 0
@@ -455,7 +465,7 @@ class _WarmSolver:
         # block's own top pair has converged, and the solve would stop.
         audit = warm and self._solves % _AUDIT_EVERY == _AUDIT_EVERY - 1
         if start is None or audit:
-            fresh = torch.randn(operator.size, 1, generator=self._generator).to(operator.device, operator.dtype)
+            fresh = torch.randn(operator.size, 1, generator=self._random.generator).to(operator.device, operator.dtype)
             # By rows, which is how the basis holds them.
             start = fresh if start is None else torch.cat([start.to(operator.dtype).T, fresh.T]).T
         spectrum, self.block = lanczos_recycled(
@@ -467,7 +477,7 @@ class _WarmSolver:
             else min(self._rtol, max(_COLD_RTOL, 8 * torch.finfo(operator.dtype).eps)),
             atol=_ATOL,
             max_matvecs=self._max_matvecs,
-            generator=self._generator,
+            generator=self._random.generator,
             explore=_AUDIT_PRODUCTS if audit else 0,
         )
         self._solves += 1

@@ -44,6 +44,7 @@ class Schedule:
         self._jitter = random.Random(seed)
         self._clock = clock
         self._began: float | None = None
+        self._ended: float | None = None
         self._first_step = 0
         self.next_step = 0
         self._decided: int | None = None
@@ -53,7 +54,11 @@ class Schedule:
     def begin(self, step: int) -> None:
         """Start the training clock, at ``step``."""
         self._began, self._first_step, self.next_step = self._clock(), step, step
-        self._spent_before = self.spent + self.startup
+        self._spent_before, self._ended = self.spent + self.startup, None
+
+    def end(self) -> None:
+        """Stop the training clock."""
+        self._ended = self._clock()
 
     @contextmanager
     def own_time(self, *, startup: bool = False) -> Iterator[None]:
@@ -73,7 +78,8 @@ class Schedule:
         """Wall-clock time since the start without the monitor's own."""
         if self._began is None:
             return 0.0
-        return self._clock() - self._began - (self.spent + self.startup - self._spent_before)
+        now = self._clock() if self._ended is None else self._ended
+        return now - self._began - (self.spent + self.startup - self._spent_before)
 
     @property
     def overhead(self) -> float | None:
