@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -49,7 +50,8 @@ class Schedule:
         self.next_step = 0
         self._decided: int | None = None
         self._readings = 0
-        self._last_cost = self.predicted_cost = 0.0
+        self.predicted_cost = 0.0
+        self._costs: deque[float] = deque(maxlen=10)
 
     def begin(self, step: int) -> None:
         """Start the training clock, at ``step``."""
@@ -107,10 +109,12 @@ class Schedule:
 
     def measured(self, step: int, seconds: float) -> None:
         """Note that a reading before ``step`` took ``seconds``, and plan the next."""
-        # The first one is cold and checks its products: a poor prediction for those that follow.
-        earlier = self._last_cost if self._readings > 1 else seconds
-        self.predicted_cost = seconds / 2 if self._readings == 0 else max(seconds, 0.7 * earlier + 0.3 * seconds)
-        self._readings, self._last_cost, self._decided = self._readings + 1, seconds, step
+        # The first one is cold and checks its products: a poor prediction for those that follow. Of these one in ten
+        # looks further and costs two or three times the median, so that only the dearest of ten keeps the promise.
+        if self._readings > 0:
+            self._costs.append(seconds)
+        self.predicted_cost = max(self._costs, default=seconds / 2)
+        self._readings, self._decided = self._readings + 1, step
         self._plan(step)
 
     def postpone(self, step: int, steps: int) -> None:
