@@ -424,6 +424,8 @@ class _EdgeOperator:
         if least < _DEAD * most:
             # Dead units leave Adam's c near zero; so does the curvature there, and the floor keeps 0/0 out.
             c = c.clamp(min=_DEAD * float(c[torch.isfinite(c)].median()))
+        # With bfloat16 parameters no residual gets below some 3e-4, a 25th of their rounding.
+        self.rounding = max(torch.finfo(p.dtype).eps for p in curvature.params)
         self.scale = c.rsqrt().to(hessian.dtype)  # (n,) or (1,); 0 where c is infinite
         self._l2 = l2 if bool(l2.any()) else None
 
@@ -474,7 +476,7 @@ class _WarmSolver:
             k=min(self._k, operator.size if mask is None else int(mask.sum())),
             rtol=_WARM_SHARE * self._rtol
             if warm
-            else min(self._rtol, max(_COLD_RTOL, 8 * torch.finfo(operator.dtype).eps)),
+            else min(self._rtol, max(_COLD_RTOL, operator.rounding / 8)),
             atol=_ATOL,
             max_matvecs=self._max_matvecs,
             generator=self._random.generator,
