@@ -266,6 +266,14 @@ def test_unusable_columns_cost_no_product(name: str) -> None:
     assert found.matvecs == operator.calls == products
 
 
+def test_columns_that_depend_to_rounding_cost_no_product() -> None:
+    a = matrix(SPECTRA["outliers"])
+    first, second = torch.linalg.eigh(a)[1].flip(1)[:, :2].T
+    found = lanczos(Counting(a), k=2, v0=torch.stack([first, second, 0.3 * first + 0.7 * second], dim=1), rtol=1e-8)
+    assert found.converged
+    assert found.matvecs == 2
+
+
 @pytest.mark.parametrize("value", [0.0, math.nan], ids=str)
 def test_useless_start_is_replaced_by_a_random_one(value: float) -> None:
     found = lanczos(Counting(matrix(SPECTRA["outliers"])), v0=torch.full((150,), value), rtol=1e-6)
