@@ -144,3 +144,14 @@ def test_a_warm_reading_does_not_stay_behind_a_crossing() -> None:
     # Stopped at a residual of 1e-2, the readings of steps 50 to 100 followed the second eigenvalue, 1.5 to 4 % too low.
     crossing = Trajectory(partial(tanh_mlp, 120), squared_error, 300, lr=0.2, seed=2, first=0, last=120, every=10)
     assert max(abs(reading.edge_ratio / truth - 1) for reading, truth in crossing.run() if reading.edge_ratio) <= 0.01
+
+
+def test_a_cold_reading_with_bfloat16_parameters_converges() -> None:
+    torch.manual_seed(3)
+    net, (x, y) = tanh_mlp(96).bfloat16(), digits(256)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.2)
+    batch = (x.bfloat16(), y)
+    reading = Gauge().measure(net, cross_entropy, [batch], [sgd], step=0, full_batch=True).reading
+    assert reading.converged
+    # Products carry the rounding of bfloat16, 2⁻⁸ = 0.4 %.
+    assert reading.edge_ratio == pytest.approx(0.1 * top_eigenvalue(net, cross_entropy, batch), rel=1e-2)
