@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from eos_monitor.curvature.sandbox import LossFn, Sandbox, batch_tensors, preserve_rng
+from eos_monitor.curvature.batches import batch_size, split_batch
+from eos_monitor.curvature.sandbox import LossFn, Sandbox, preserve_rng
 
 METHODS = ("auto", "double-backward")
 SumOverRanks = Callable[[Tensor], Tensor]
@@ -25,6 +26,7 @@ _FLOAT_STEPS = (1e-4, 1e-3, 1e-2)
 # Measured, whole vector: right products differ by < 1e-4 on smooth nets and up to 0.07 where a float32 step crosses
 # kinks; silently wrong ones (weight_norm, once_differentiable, detached saves) by 0.012 to 0.7 at every step.
 _SMOOTH_TOLERANCE = 1e-2
+_SMALLEST_SLICE = 4  # batch statistics of fewer samples say nothing of those of the whole
 _KINKED_TOLERANCE = 0.12
 
 
@@ -43,6 +45,21 @@ class ProductCheck:
     uncertainty: float
     passed: bool
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Variance of a product over the parts of a probe.
+
+    Attributes:
+        parts: Number of parts.
+        along: Variance of ``uᵀ H_b u``.
+        across: Variance of the rest of ``H_b u``, summed over its directions.
+    """
+
+    parts: int
+    along: float
+    across: float
 
 
 class HessianOperator:
@@ -152,7 +169,7 @@ class HessianOperator:
             keep = len(self._batches) == 1
             graph = self._graph
             if graph is None or graph.outdated(self._params):
-                graph = self._record(i)
+                graph = self._record(self._batches[i], i)
                 self._graph = graph if keep else None
             losses[i], unused[i] = graph.loss, graph.unused
             return graph.product(parts, keep=keep)
@@ -170,7 +187,7 @@ class HessianOperator:
 
         def loss(i: int) -> Tensor:
             with torch.no_grad():  # here, because the sandbox turns recording on
-                return self._evaluate(i, points).reshape(1)
+                return self._evaluate(self._batches[i], points, i).reshape(1)
 
         return float(self._mean(loss, 1, self.dtype))
 
@@ -187,10 +204,47 @@ class HessianOperator:
         points = [p.requires_grad_() for p in points]
 
         def gradient(i: int) -> Tensor:
-            gradients = torch.autograd.grad(self._evaluate(i, points, dtype), points, allow_unused=True)
+            gradients = torch.autograd.grad(
+                self._evaluate(self._batches[i], points, i, dtype), points, allow_unused=True
+            )
             return _flatten(gradients, points, dtype or self.dtype, self.device)
 
         return self._mean(gradient, self.size, dtype or self.dtype)
+
+    def spread(self, u: Tensor, scale: Tensor, least: int) -> Spread | None:
+        """Return how much ``S H_b S u`` varies over the probe, with S = diag(scale); None if it has too few parts.
+
+        The parts b are the batches, or equal slices of them where there are fewer than ``least``. Costs one product on
+        rebuilt graphs.
+
+        Args:
+            u: Unit vector, ``(n,)``.
+            scale: Diagonal of S, ``(n,)`` or ``(1,)``.
+            least: Parts that are needed, on each process.
+        """
+        slices = -(-least // len(self._batches))
+        split = [split_batch(batch, slices, _SMALLEST_SLICE) if slices > 1 else [batch] for batch in self._batches]
+        parts = [part for pieces in split for part in pieces or ()]
+        enough = not any(pieces is None for pieces in split)
+        direction = self._split(scale * u)
+
+        def moments() -> Tensor:  # Σ p_b, Σ uᵀp_b, Σ (uᵀp_b)², Σ ‖p_b‖², number of parts, whether there are too few
+            total = torch.zeros(self.size + 5, dtype=torch.float64, device=self.device)
+            for i, part in enumerate(parts if enough else ()):
+                product = (scale * self._record(part, i).product(direction, keep=False)).double()
+                along = float(product @ u.double())
+                total[: self.size] += product
+                total[self.size : -1] += total.new_tensor([along, along**2, float(product @ product), 1.0])
+            total[-1] = float(not enough)
+            return total
+
+        total = self._sum(moments, self.size + 5, torch.float64)
+        along, along2, length2, count, missing = total[self.size :].tolist()
+        if missing:
+            return None
+        variance = (along2 - along**2 / count) / (count - 1)
+        all_directions = (length2 - float(total[: self.size] @ total[: self.size]) / count) / (count - 1)
+        return Spread(int(count), variance, max(0.0, all_directions - variance))
 
     def check(self, v: Tensor) -> ProductCheck:
         """Compare ``H v`` with central finite differences; double backward can be wrong without an error.
@@ -219,21 +273,30 @@ class HessianOperator:
 
     def _mean(self, term: Callable[[int], Tensor], size: int, dtype: torch.dtype) -> Tensor:
         """Return the mean of ``term(batch)`` over the batches of all processes, weighted by their samples."""
+        if self._sum_over_ranks is None and len(self._batches) == 1:
+            with self._inside():
+                return term(0)
+
+        def weighted() -> Tensor:
+            total = torch.zeros(size + 1, dtype=dtype, device=self.device)
+            total[size] = self.samples
+            for i, samples in enumerate(self._samples):
+                total[:size] += samples * term(i)
+            return total
+
+        total = self._sum(weighted, size + 1, dtype)
+        return total[:size] / total[size]
+
+    def _sum(self, local: Callable[[], Tensor], size: int, dtype: torch.dtype) -> Tensor:
+        """Return the sum of ``local()`` over the processes; where it fails on one, fail on all."""
         if self._sum_over_ranks is None:
             with self._inside():
-                if len(self._batches) == 1:
-                    return term(0)
-                total = torch.zeros(size, dtype=dtype, device=self.device)
-                for i, samples in enumerate(self._samples):
-                    total += samples / self.samples * term(i)
-                return total
-        total = torch.zeros(size + 2, dtype=dtype, device=self.device)  # the sum, its samples, failures
+                return local()
+        total = torch.zeros(size + 1, dtype=dtype, device=self.device)
         failure: Exception | None = None
         try:
             with self._inside():
-                for i, samples in enumerate(self._samples):
-                    total[:size] += samples * term(i)
-            total[size] = self.samples
+                total[:size] = local()
         except Exception as error:
             # The others wait in the sum: meet them there with empty hands, and fail together.
             failure = error
@@ -241,7 +304,7 @@ class HessianOperator:
         total = self._sum_over_ranks(total)
         if float(total[-1]) > 0.0:
             raise RuntimeError(f"Expected a loss on every process, got {failure or 'a failure on another one'!r}.")
-        return total[:size] / total[size]
+        return total[:size]
 
     def _inside(self) -> ExitStack:
         stack = ExitStack()
@@ -249,15 +312,15 @@ class HessianOperator:
             stack.enter_context(self._sandbox)
         return stack
 
-    def _evaluate(self, index: int, points: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    def _evaluate(self, batch: Any, points: list[Tensor], stream: int, dtype: torch.dtype | None = None) -> Tensor:
         parameters = dict(zip(self._params, points, strict=True))
         with _Widened() if dtype == torch.float64 else nullcontext():
-            loss = self._sandbox.evaluate(self._loss_fn, self._batches[index], parameters, stream=index, dtype=dtype)
+            loss = self._sandbox.evaluate(self._loss_fn, batch, parameters, stream=stream, dtype=dtype)
         return _check_loss(loss)
 
-    def _record(self, index: int) -> _GradientGraph:
+    def _record(self, batch: Any, stream: int) -> _GradientGraph:
         aliases = [p.detach().requires_grad_() for p in self._params]
-        loss = self._evaluate(index, aliases)
+        loss = self._evaluate(batch, aliases, stream)
         return _GradientGraph(loss, aliases, self._params, self.dtype, self.device)
 
     def _split(self, v: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -319,18 +382,6 @@ class _GradientGraph:
             allow_unused=True,
         )
         return _flatten(products, self._params, self._dtype, self._device)
-
-
-def batch_size(batch: Any) -> int:
-    """Return the first dimension of the batch's first tensor.
-
-    Raises:
-        ValueError: If the batch holds no tensor with a dimension.
-    """
-    for tensor in batch_tensors(batch):
-        if tensor.ndim > 0:
-            return tensor.shape[0]
-    raise ValueError(f"Expected a batch with a tensor, got {type(batch).__name__}. Pass `batch_size_fn`.")
 
 
 def _check_parameters(params: list[Tensor]) -> None:

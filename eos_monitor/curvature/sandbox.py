@@ -12,9 +12,8 @@ import copy
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from eos_monitor.curvature.batches import clone_batch, map_batch
 
 LossFn = Callable[[Any, Any], Tensor]  # loss_fn(module, batch) -> scalar mean loss
 
@@ -119,48 +120,6 @@ class Sandbox:
         for module, original in self._originals:
             _replace_attributes(module, original)
         self._originals = []
-
-
-def map_batch(batch: Any, leaf: Callable[[Any], Any]) -> Any:
-    """Apply ``leaf`` to everything in a batch that is not itself a built-in container, mapping or dataclass."""
-    if isinstance(batch, MutableMapping):
-        mapped = copy.copy(batch)
-        for key, value in batch.items():
-            mapped[key] = map_batch(value, leaf)
-        return mapped
-    if type(batch) in (list, tuple) or hasattr(batch, "_fields"):
-        items = [map_batch(item, leaf) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    if is_dataclass(batch) and not isinstance(batch, type):
-        duplicate: Any = copy.copy(batch)
-        for field in fields(batch):
-            object.__setattr__(duplicate, field.name, map_batch(getattr(batch, field.name), leaf))
-        return duplicate
-    return leaf(batch)
-
-
-def clone_batch(batch: Any) -> Any:
-    """Copy a batch deeply; tensors of inference mode become ordinary ones."""
-    return map_batch(batch, lambda x: x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x))
-
-
-def move_batch(batch: Any, device: torch.device | str) -> Any:
-    """Move whatever has a ``to`` method."""
-    return map_batch(batch, lambda x: x.to(device) if hasattr(x, "to") else x)
-
-
-def batch_tensors(batch: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a batch in order of appearance, those behind attributes of unknown objects last."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from batch_tensors(value)
-    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
-        for value in batch:
-            yield from batch_tensors(value)
-    elif hasattr(batch, "__dict__") and not isinstance(batch, (type, nn.Module)):
-        yield from batch_tensors(vars(batch))
 
 
 @contextmanager

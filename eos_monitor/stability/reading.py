@@ -31,6 +31,7 @@ _ATOL = 1e-6
 # A critical curvature below this share of the median counts as this share.
 _DEAD = 1e-12
 _AUDIT_EVERY = 10
+_PARTS = 8
 _AUDIT_PRODUCTS = 8
 
 
@@ -173,6 +174,8 @@ class Gauge:
         self.check_note: str | None = None
         self.products_are_wrong = False
         self._checked = False
+        self._relative_sampling: float | None = None
+        self._sampling_note: str | None = None
 
     def start_from(self, v0: Tensor) -> None:
         """Use ``v0``, ``(n,)`` or ``(n, j)`` in the scaled coordinates C^½ θ, as if an earlier reading had left it."""
@@ -250,6 +253,7 @@ class Gauge:
             return replace(reading, matvecs=spectrum.matvecs), None
         eigenvalues = tuple(spectrum.eigenvalues.tolist())
         r, residual = eigenvalues[0], float(spectrum.residuals[0])
+        sampling = self._sampling_error(operator, edge, spectrum, reading.full_batch)
         scale_solver = _WarmSolver(1, self._rtol, self._max_matvecs, self._random, self._edge_solver.block)
 
         def solve(there: CriticalCurvature) -> tuple[float, Tensor]:
@@ -262,7 +266,8 @@ class Gauge:
             reading,
             edge_ratio=r,
             eigenvalues=eigenvalues,
-            error=residual,
+            error=residual if sampling is None else math.hypot(residual, sampling),
+            sampling_error=sampling,
             residual=residual / abs(r) if r else 0.0,
             threshold=curvature.threshold,
             normalized_sharpness=None if curvature.threshold is None else r * curvature.threshold,
@@ -273,6 +278,30 @@ class Gauge:
             converged=spectrum.converged,
         )
         return reading, top
+
+    def _sampling_error(
+        self, operator: HessianOperator, edge: _EdgeOperator, spectrum: Spectrum, full_batch: bool
+    ) -> float | None:
+        """RMS error of the top eigenvalue θ of a sample as an estimate of the whole's; None if the probe has < 8 parts.
+
+        With p_b = A_b u over m parts: the variance of their mean along u, plus the square of the upward bias that comes
+        from u fitting the sample, to first order Σ_b ‖p_b − p̄‖²_⊥ / (m (m − 1) θ), the other eigenvalues taken as 0.
+        """
+        theta = float(spectrum.eigenvalues[0])
+        if full_batch or theta <= 0.0:
+            return 0.0
+        if self._edge_solver.solves % _AUDIT_EVERY == 1:  # the relative error changes slowly
+            try:
+                spread = operator.spread(spectrum.eigenvectors[:, 0], edge.scale, _PARTS)
+            except Exception as error:  # a loss that needs whole batches still has a curvature
+                spread = None
+                self._sampling_note = f"no sampling error, because the loss cannot be taken on slices: {error}"
+            if spread is None:
+                self._relative_sampling = None
+            else:
+                bias = spread.across / (spread.parts * theta)
+                self._relative_sampling = math.sqrt(max(0.0, spread.along) / spread.parts + bias**2) / theta
+        return None if self._relative_sampling is None else self._relative_sampling * theta
 
     def _with_raw_sharpness(
         self, reading: StabilityReading, operator: HessianOperator, curvature: CriticalCurvature
@@ -318,8 +347,7 @@ class Gauge:
             notes.append("no edge at a learning rate of 0")
         if operator.unused:
             notes.append(f"{operator.unused:.0%} of the trained parameters are not used by the loss")
-        if self.check_note:
-            notes.append(self.check_note)
+        notes += [note for note in (self.check_note, self._sampling_note) if note]
         return tuple(notes)
 
 
@@ -457,7 +485,7 @@ class _WarmSolver:
         self._k, self._rtol, self._max_matvecs, self._random = k, rtol, max_matvecs, random
         self.block = block
         self.matvecs = 0  # in all solves
-        self._solves = 0
+        self.solves = 0
 
     def solve(self, operator: _EdgeOperator) -> Spectrum:
         mask = operator.mask
@@ -465,7 +493,7 @@ class _WarmSolver:
         start = self.block.reshape(operator.size, -1).to(operator.device) if warm and self.block is not None else None
         # A new top direction may be born outside the recycled block. A random vector alone would not show it: the
         # block's own top pair has converged, and the solve would stop.
-        audit = warm and self._solves % _AUDIT_EVERY == _AUDIT_EVERY - 1
+        audit = warm and self.solves % _AUDIT_EVERY == _AUDIT_EVERY - 1
         if start is None or audit:
             fresh = torch.randn(operator.size, 1, generator=self._random.generator).to(operator.device, operator.dtype)
             # By rows, which is how the basis holds them.
@@ -474,15 +502,13 @@ class _WarmSolver:
             operator,
             start if mask is None else start * mask[:, None],
             k=min(self._k, operator.size if mask is None else int(mask.sum())),
-            rtol=_WARM_SHARE * self._rtol
-            if warm
-            else min(self._rtol, max(_COLD_RTOL, operator.rounding / 8)),
+            rtol=_WARM_SHARE * self._rtol if warm else min(self._rtol, max(_COLD_RTOL, operator.rounding / 8)),
             atol=_ATOL,
             max_matvecs=self._max_matvecs,
             generator=self._random.generator,
             explore=_AUDIT_PRODUCTS if audit else 0,
         )
-        self._solves += 1
+        self.solves += 1
         self.matvecs += spectrum.matvecs
         return spectrum
 

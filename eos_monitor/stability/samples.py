@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from eos_monitor.curvature.hessian import batch_size
-from eos_monitor.curvature.sandbox import batch_tensors, clone_batch, map_batch, move_batch, preserve_rng
+from eos_monitor.curvature.batches import batch_size, batch_tensors, clone_batch, move_batch, split_batch
+from eos_monitor.curvature.sandbox import preserve_rng
 
 _MAX_BYTES = 256 * 2**20
 PROBES = ("fixed", "batch")
@@ -107,15 +106,11 @@ def _slices(batch: Any) -> list[Any]:
     parts = -(-_bytes(batch) // _MAX_BYTES)
     if parts <= 1:
         return [batch]
-    lengths = {t.shape[0] if t.ndim else 0 for t in batch_tensors(batch)}
-    if len(lengths) != 1 or 0 in lengths:
+    pieces = split_batch(batch, parts)
+    if pieces is None:
+        first = sorted({t.shape[0] if t.ndim else 0 for t in batch_tensors(batch)})
         raise ValueError(
             f"Expected a batch of at most {_MAX_BYTES >> 20} MB, or tensors that share their first dimension, got "
-            f"{_bytes(batch) >> 20} MB and first dimensions {sorted(lengths)}. Pass smaller batches as `probe`."
+            f"{_bytes(batch) >> 20} MB and first dimensions {first}. Pass smaller batches as `probe`."
         )
-    length = -(-lengths.pop() // parts)
-
-    def cut(start: int) -> Callable[[Any], Any]:
-        return lambda leaf: leaf[start : start + length] if isinstance(leaf, Tensor) else leaf
-
-    return [map_batch(batch, cut(i * length)) for i in range(parts)]
+    return pieces

@@ -15,14 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eos_monitor import HessianOperator, lanczos, measure_stability
-from eos_monitor.curvature.sandbox import (
-    Sandbox,
-    batch_tensors,
-    clone_batch,
-    map_batch,
-    move_batch,
-    preserve_rng,
-)
+from eos_monitor.curvature.batches import batch_tensors, clone_batch, map_batch, move_batch
+from eos_monitor.curvature.sandbox import Sandbox, preserve_rng
 
 MUTABLE = (list, deque, dict, OrderedDict, defaultdict, Counter, set)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from eos_monitor.curvature.sandbox import batch_tensors
+from eos_monitor.curvature.batches import batch_tensors
 from eos_monitor.stability import samples as samples_module
 from eos_monitor.stability.samples import ProbeSamples
 
