@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from eos_monitor.alerts import Sink, alert_of, check_alerts
 from eos_monitor.callbacks._compat import Callback, MisconfigurationException
 from eos_monitor.callbacks.outputs import RunOutputs, describe_optimizers, describe_threshold, group_names
 from eos_monitor.callbacks.trainer_sandbox import TrainerSandbox
+from eos_monitor.callbacks.verification import Verification, run_fingerprint
+from eos_monitor.curvature.fingerprint import Fingerprint
 from eos_monitor.curvature.sandbox import LossFn
 from eos_monitor.dashboard.report import run_report
 from eos_monitor.stability.detector import Verdict
@@ -67,6 +69,9 @@ class EdgeOfStabilityMonitor(Callback):
         raw_sharpness: Solve for λ_max(H) too where it does not follow from the edge ratio, at the cost of a second
             solve.
         alerts: What to do on a change of verdict: ``"log"``, or functions of an :class:`Alert`.
+        verify: When to compare the run before and after a reading: ``"first"`` (until the first complete one),
+            ``"always"`` or False. A change, behind an object that the sandbox cannot copy, say, is named in a warning
+            and switches this monitor off.
         enabled: Switch; the environment variable ``EOS_MONITOR=off`` switches every monitor off.
         name: First part of the log keys and file names.
         full_batch: Whether the probe is all the data that a step uses; None finds out (an epoch is one step on it).
@@ -96,6 +101,7 @@ class EdgeOfStabilityMonitor(Callback):
         rtol: float = 1e-2,
         raw_sharpness: bool = False,
         alerts: Sequence[str | Sink] = ("log",),
+        verify: Literal["first", "always", False] = "first",
         enabled: bool = True,
         name: str = "eos",
         full_batch: bool | None = None,
@@ -109,6 +115,7 @@ class EdgeOfStabilityMonitor(Callback):
         check_alerts(alerts)
         self.name = name
         self._loss_fn, self._alerts, self._enabled, self._full_batch = loss_fn, tuple(alerts), enabled, full_batch
+        self._verify = verify
         self._settings: dict[str, Any] = {
             "every_n_steps": every_n_steps,
             "max_overhead": max_overhead,
@@ -243,6 +250,7 @@ class EdgeOfStabilityMonitor(Callback):
 
     def _reset(self) -> None:
         self._engine = Engine(**self._settings)
+        self._verification = Verification(self._verify)
         self._used = self._active = self._batch_ended = self._introduced = False
         self._pending = self._finished = None
         self._unread_losses: list[tuple[int, Tensor, float]] = []
@@ -258,15 +266,21 @@ class EdgeOfStabilityMonitor(Callback):
                 samples.close()
 
     def _measure(self, trainer: Any, pl_module: Any, batch: Any, step: int) -> Measurement | None:
-        return self._engine.measure(
-            pl_module,
-            self._loss,
-            trainer.optimizers,
-            step=step,
-            batch=batch,
-            full_batch=self._is_full_batch(trainer),
-            sandbox=TrainerSandbox(trainer, pl_module),
-        )
+        def measure() -> Measurement | None:
+            return self._engine.measure(
+                pl_module,
+                self._loss,
+                trainer.optimizers,
+                step=step,
+                batch=batch,
+                full_batch=self._is_full_batch(trainer),
+                sandbox=TrainerSandbox(trainer, pl_module),
+            )
+
+        def look() -> Fingerprint:
+            return run_fingerprint(trainer, pl_module, leave_out=self)
+
+        return self._verification.around(look, self._engine, self._outputs.say, measure)
 
     def _is_full_batch(self, trainer: Any) -> bool:
         if self._full_batch is not None:
