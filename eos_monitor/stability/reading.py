@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eos_monitor.curvature.hessian import HessianOperator, SumOverRanks
+from eos_monitor.curvature.hessian import FiniteDifferenceStep, HessianOperator, SumOverRanks
 from eos_monitor.curvature.lanczos import Spectrum, lanczos_recycled
 from eos_monitor.curvature.sandbox import LossFn, Sandbox
 from eos_monitor.stability.edge_scale import edge_scale, edge_scale_along, shortened
@@ -176,6 +176,7 @@ class Gauge:
         self._checked = False
         self._relative_sampling: float | None = None
         self._sampling_note: str | None = None
+        self._step: FiniteDifferenceStep | None = None
 
     def start_from(self, v0: Tensor) -> None:
         """Use ``v0``, ``(n,)`` or ``(n, j)`` in the scaled coordinates C^½ θ, as if an earlier reading had left it."""
@@ -220,12 +221,14 @@ class Gauge:
             ready=curvature.ready,
         )
         mode = None
+        operator.step = self._step
         with operator:
             if _can_move(curvature) and curvature.ready and not self.products_are_wrong:
                 reading, mode = self._with_edge(reading, operator, curvature, optimizers)
             if self._raw and reading.sharpness is None and not self.products_are_wrong:
                 reading = self._with_raw_sharpness(reading, operator, curvature)
             loss = operator.loss if operator.loss is not None else operator.evaluate()
+            self._step = operator.step
         return Measurement(
             replace(
                 reading,
@@ -246,6 +249,8 @@ class Gauge:
     ) -> tuple[StabilityReading, Tensor | None]:
         assert curvature.c is not None
         edge = _EdgeOperator(operator, curvature)
+        if operator.method == "fd" and operator.step is None:
+            operator.step = operator.calibrate(self._random.vector(operator))
         spectrum = self._edge_solver.solve(edge)
         top = edge.scale * spectrum.eigenvectors[:, 0]  # the critical mode in parameter space
         self._check_products(operator, top)
@@ -332,7 +337,10 @@ class Gauge:
                 f"Hessian-vector products by {operator.method} differ from finite differences by "
                 f"{check.mismatch:.1%}: something in this module cannot be differentiated twice (weight_norm, "
                 "once_differentiable and custom backwards are known to). No edge is reported."
+                + (" method='fd' does without second derivatives." if operator.method != "fd" else "")
             )
+        elif operator.method == "fd" and check.mismatch > 1e-2:
+            self.check_note = f"finite differences are inexact here, by {check.mismatch:.1%} (kinks, or rounding)"
         elif check.dtype != torch.float64:
             self.check_note = (
                 f"products checked in float32 only (mismatch {check.mismatch:.1%}), because the loss refuses float64"
@@ -445,7 +453,7 @@ class _EdgeOperator:
     def __init__(self, hessian: HessianOperator, curvature: CriticalCurvature) -> None:
         assert curvature.c is not None
         self.size, self.dtype, self.device = hessian.size, hessian.dtype, hessian.device
-        self._hessian, self._sign = hessian, curvature.sign
+        self.hessian, self._sign = hessian, curvature.sign
         c, l2 = shortened(curvature.c.to(hessian.device)), shortened(curvature.l2.to(hessian.device, hessian.dtype))
         least, most = (float(bound) for bound in torch.aminmax(c))
         self.mask = None if math.isfinite(most) else torch.isfinite(curvature.c.to(hessian.device))  # None: all
@@ -459,7 +467,7 @@ class _EdgeOperator:
 
     def matvec(self, u: Tensor) -> Tensor:
         v = self.scale * u
-        product = self._hessian.matvec(v)
+        product = self.hessian.matvec(v)
         if self._sign < 0:
             product = -product
         if self._l2 is not None:
@@ -476,6 +484,9 @@ class _Random:
     @cached_property
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed)
+
+    def vector(self, like: HessianOperator | _EdgeOperator) -> Tensor:
+        return torch.randn(like.size, generator=self.generator).to(like.device, like.dtype)
 
 
 class _WarmSolver:
@@ -495,14 +506,17 @@ class _WarmSolver:
         # block's own top pair has converged, and the solve would stop.
         audit = warm and self.solves % _AUDIT_EVERY == _AUDIT_EVERY - 1
         if start is None or audit:
-            fresh = torch.randn(operator.size, 1, generator=self._random.generator).to(operator.device, operator.dtype)
+            fresh = self._random.vector(operator)[:, None]
             # By rows, which is how the basis holds them.
             start = fresh if start is None else torch.cat([start.to(operator.dtype).T, fresh.T]).T
+        tight = min(self._rtol, max(_COLD_RTOL, operator.rounding / 8))
+        step = operator.hessian.step
         spectrum, self.block = lanczos_recycled(
             operator,
             start if mask is None else start * mask[:, None],
             k=min(self._k, operator.size if mask is None else int(mask.sum())),
-            rtol=_WARM_SHARE * self._rtol if warm else min(self._rtol, max(_COLD_RTOL, operator.rounding / 8)),
+            # No residual gets below the error of the products; beyond `rtol` that is no excuse.
+            rtol=max(_WARM_SHARE * self._rtol if warm else tight, min(2 * step.error, self._rtol) if step else 0.0),
             atol=_ATOL,
             max_matvecs=self._max_matvecs,
             generator=self._random.generator,
