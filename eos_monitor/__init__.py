@@ -18,6 +18,7 @@ _PLACES = {
     "register_critical_curvature": "stability.thresholds",
     "HessianOperator": "curvature.hessian",
     "lanczos": "curvature.lanczos",
+    "spectral_density": "curvature.density",
     "Spectrum": "curvature.lanczos",
     "InstabilityDetector": "stability.detector",
     "Verdict": "stability.detector",
