@@ -68,10 +68,14 @@ class Verification:
             return
         self._done = True
         what = _listed([f"{place} changed" for place in changes]) if changes else "something changed on another process"
-        engine.turn_off(
+        why = (
             f"A reading ran the loss and {what}: that is out of the sandbox's reach, and stays as it is now. Pass a "
             "loss_fn (or define curvature_loss) that leaves it alone, or verify=False if it does not matter."
         )
+        if engine.off is None:
+            engine.turn_off(why)
+        else:
+            engine.warn_once("verify", f"eos_monitor: {why}")  # it may be why the products were wrong
 
 
 def run_fingerprint(trainer: Any, pl_module: Any, *, leave_out: Any) -> Fingerprint:
@@ -84,7 +88,7 @@ def _attempt(look: Callable[[], Fingerprint], engine: Engine) -> Fingerprint | N
     try:
         return look()
     except Exception as error:
-        engine.warn_once("verify", f"eos_monitor could not verify a reading. {type(error).__name__}: {error}")
+        engine.warn_once("look", f"eos_monitor could not verify a reading. {type(error).__name__}: {error}")
         return None
 
 
