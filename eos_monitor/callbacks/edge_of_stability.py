@@ -69,6 +69,8 @@ class EdgeOfStabilityMonitor(Callback):
         raw_sharpness: Solve for λ_max(H) too where it does not follow from the edge ratio, at the cost of a second
             solve.
         alerts: What to do on a change of verdict: ``"log"``, or functions of an :class:`Alert`.
+        expose_metrics: Also put the numbers where EarlyStopping, ModelCheckpoint and the progress bar find them
+            (``callback_metrics``); the one trace that a monitor can leave.
         verify: When to compare the run before and after a reading: ``"first"`` (until the first complete one),
             ``"always"`` or False. A change, behind an object that the sandbox cannot copy, say, is named in a warning
             and switches this monitor off.
@@ -77,6 +79,7 @@ class EdgeOfStabilityMonitor(Callback):
         full_batch: Whether the probe is all the data that a step uses; None finds out (an epoch is one step on it).
         batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.
         max_matvecs: Bound on the Hessian-vector products of one solve.
+        method: ``"auto"``, ``"double-backward"`` or ``"fd"``, see :class:`HessianOperator`.
         seed: Seed of start vectors and jitter.
 
     Raises:
@@ -101,12 +104,14 @@ class EdgeOfStabilityMonitor(Callback):
         rtol: float = 1e-2,
         raw_sharpness: bool = False,
         alerts: Sequence[str | Sink] = ("log",),
+        expose_metrics: bool = False,
         verify: Literal["first", "always", False] = "first",
         enabled: bool = True,
         name: str = "eos",
         full_batch: bool | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
         max_matvecs: int = 64,
+        method: Literal["auto", "double-backward", "fd"] = "auto",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -115,7 +120,7 @@ class EdgeOfStabilityMonitor(Callback):
         check_alerts(alerts)
         self.name = name
         self._loss_fn, self._alerts, self._enabled, self._full_batch = loss_fn, tuple(alerts), enabled, full_batch
-        self._verify = verify
+        self._verify, self._expose = verify, expose_metrics
         self._settings: dict[str, Any] = {
             "every_n_steps": every_n_steps,
             "max_overhead": max_overhead,
@@ -124,10 +129,13 @@ class EdgeOfStabilityMonitor(Callback):
             "k": k,
             "rtol": rtol,
             "max_matvecs": max_matvecs,
+            "method": method,
             "raw_sharpness": raw_sharpness,
             "batch_size_fn": batch_size_fn,
             "seed": seed,
         }
+        self._watched: list[list[Any]] = []
+        self._watched_before: list[list[Any]] | None = None
         self._pending: Measurement | None = None
         self._finished: StabilityReading | None = None
         self._reset()
@@ -155,12 +163,13 @@ class EdgeOfStabilityMonitor(Callback):
         return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the detector's state as plain Python values."""
-        return {"detector": self._engine.detector.state_dict()}
+        """Return the detector's state, and what it was about, as plain Python values."""
+        return {"detector": self._engine.detector.state_dict(), "watched": self._watched}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned. The first reading after it is a cold one."""
         self._engine.detector.load_state_dict(state_dict["detector"])
+        self._watched_before = state_dict["watched"]
 
     # ------------------------------------------------------------------ hooks
 
@@ -192,6 +201,18 @@ class EdgeOfStabilityMonitor(Callback):
         """Start the clock."""
         self._window: int | None = None
         self._title = describe_optimizers(trainer.optimizers)
+        self._watched = [
+            [type(optimizer).__name__, sum(p.numel() for group in optimizer.param_groups for p in group["params"])]
+            for optimizer in trainer.optimizers
+        ]
+        if self._active and self._watched_before not in (None, self._watched):
+            self._engine.warn_once(
+                "resumed",
+                f"eos_monitor: the run that this one goes on from trained {self._watched_before} (optimizer, number of "
+                f"parameters), this one {self._watched}; its verdict starts afresh.",
+            )
+            self._engine.forget_verdict()
+        self._watched_before = None
         self._engine.schedule.begin(_step(trainer))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -228,7 +249,7 @@ class EdgeOfStabilityMonitor(Callback):
         """Take a last reading if there is none yet or the budget has room, and draw the figure."""
         if not self._active:
             return
-        engine, step = self._engine, _step(trainer)
+        engine, step, self._ending = self._engine, _step(trainer), True
         with engine.schedule.own_time():
             self._write_leftover(trainer)
             self._flush_losses(trainer)
@@ -251,8 +272,9 @@ class EdgeOfStabilityMonitor(Callback):
     def _reset(self) -> None:
         self._engine = Engine(**self._settings)
         self._verification = Verification(self._verify)
-        self._used = self._active = self._batch_ended = self._introduced = False
+        self._used = self._active = self._batch_ended = self._introduced = self._ending = False
         self._pending = self._finished = None
+        self._watched = []
         self._unread_losses: list[tuple[int, Tensor, float]] = []
         self._losses: list[tuple[int, float]] = []
 
@@ -303,7 +325,19 @@ class EdgeOfStabilityMonitor(Callback):
         before = self._engine.verdict
         verdict = self._engine.take(reading)
         self._introduce(reading)
-        self._outputs.row(self._engine.rows[-1], int(verdict), group_names(trainer.optimizers))
+        metrics = self._outputs.row(self._engine.rows[-1], int(verdict), group_names(trainer.optimizers))
+        if self._expose and not self._ending:  # no logging is possible once training has ended
+            for key, value in metrics.items():
+                # No logger: the row is written already.
+                trainer.lightning_module.log(
+                    key,
+                    value,
+                    logger=False,
+                    prog_bar=key.endswith("edge_ratio"),
+                    on_step=True,
+                    on_epoch=False,
+                    batch_size=1,
+                )
         self._announce(reading.step, before, reading, None)
 
     def _introduce(self, reading: StabilityReading) -> None:

@@ -59,9 +59,9 @@ class RunOutputs:
         for writer in self._experiments("add_custom_scalars"):
             self._guard("layout", writer.add_custom_scalars, custom_scalars_layout(self._name))
 
-    def row(self, row: Mapping[str, Any], verdict: int, group_names: Sequence[str]) -> None:
-        """Write one reading to every logger, under its step, and to the file."""
-        metrics = {f"{self._name}/{key}": row[key] for key in _SCALARS if row.get(key) is not None}
+    def row(self, row: Mapping[str, Any], verdict: int, group_names: Sequence[str]) -> dict[str, float]:
+        """Write one reading to every logger, under its step, and to the file; return what loggers got."""
+        metrics: dict[str, float] = {f"{self._name}/{key}": row[key] for key in _SCALARS if row.get(key) is not None}
         metrics[f"{self._name}/verdict"] = verdict
         rates = row["edge_lr"] or ()
         for name, rate in zip(group_names, rates, strict=False):
@@ -69,6 +69,7 @@ class RunOutputs:
         for logger in self._trainer.loggers:
             self._guard("logger", logger.log_metrics, metrics, row["step"])
         self._guard("file", self._to_file, dict(row))
+        return metrics
 
     def alert(self, alert: Alert) -> None:
         """Pass an alert to the sinks and to every logger that takes text."""

@@ -129,9 +129,10 @@ class Engine:
         sandbox: Sandbox | None = None,
     ) -> Measurement | None:
         """Take a reading; None if it failed."""
-        try:
-            device = next((p.device for p in module.parameters()), torch.device("cpu"))
-            measurement = self._gauge.measure(
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+
+        def attempt() -> Measurement:
+            return self._gauge.measure(
                 module,
                 loss_fn,
                 self.samples.on(device, batch),
@@ -141,6 +142,15 @@ class Engine:
                 sandbox=sandbox,
                 sum_over_ranks=self.ranks.sum,
             )
+
+        try:
+            try:
+                measurement = attempt()
+            except torch.OutOfMemoryError:
+                # Smaller micro-batches need less for their graphs; with several processes they would have to agree.
+                if self.ranks.sum is not None or not self.samples.halve():
+                    raise
+                measurement = attempt()
         except Exception as error:
             self._failed(error)
             return None
@@ -171,6 +181,10 @@ class Engine:
     def take_loss(self, step: int, loss: float) -> Verdict:
         """Take in the training loss of a step."""
         return self._update(step, loss=loss)
+
+    def forget_verdict(self) -> None:
+        """Start the verdict afresh."""
+        self.detector = InstabilityDetector()
 
     def turn_off(self, why: str) -> None:
         """Stop measuring for the rest of the run."""

@@ -47,7 +47,7 @@ class ProbeSamples:
         self._wanted = probe_samples
         self._batch_size = batch_size_fn or batch_size
         self._bytes = 0
-        self._closed = False
+        self._closed = self._halved = False
 
     @property
     def full(self) -> bool:
@@ -71,6 +71,14 @@ class ProbeSamples:
                 self.samples += self._batch_size(kept)
                 self._bytes += _bytes(kept)
             self.seen += 1
+
+    def halve(self) -> bool:
+        """Split every batch in two, once; False if that was done before, or cannot be."""
+        halves = [split_batch(batch, 2) for batch in self.batches]
+        if self._halved or not halves or any(pair is None for pair in halves):
+            return False
+        self.batches, self._halved = [half for pair in halves for half in pair or ()], True
+        return True
 
     def close(self) -> None:
         """There are no more batches to collect: an epoch or the run is over."""

@@ -474,3 +474,72 @@ def test_logging_in_the_sandbox_reaches_nobody(tmp_path: Path) -> None:
     fit(Loud(), EdgeOfStabilityMonitor(every_n_steps=1), tmp_path, logger=logger)
     events = EventAccumulator(logger.log_dir).Reload()
     assert len(events.Scalars("direct")) == 4  # one a training step, none from five readings
+
+
+def test_exposed_metrics_can_stop_a_run_and_are_logged_once(tmp_path: Path) -> None:
+    class Logged(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_loss", loss)
+            return loss
+
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1, expose_metrics=True)
+    stop = pl.callbacks.EarlyStopping("eos/edge_ratio", stopping_threshold=0.5, check_on_train_epoch_end=True)
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    trainer = fit(Logged(lr=0.1), monitor, tmp_path, callbacks=[monitor, stop], logger=logger, max_epochs=10)
+    assert trainer.current_epoch == 1  # an edge ratio of 0.45 is below the threshold at once
+    assert float(trainer.callback_metrics["eos/edge_ratio"]) == pytest.approx(0.45, rel=1e-5)
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert [event.step for event in events.Scalars("eos/edge_ratio")] == [0, 1]
+    hidden = EdgeOfStabilityMonitor(every_n_steps=1)
+    assert not any(key.startswith("eos/") for key in fit(Logged(), hidden, tmp_path).callback_metrics)
+
+
+def test_a_changed_optimizer_is_noticed_on_resume(tmp_path: Path) -> None:
+    class Other(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+    trainer = fit(Net(lr=0.24), EdgeOfStabilityMonitor(every_n_steps=1), tmp_path)
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["optimizer_states"] = [torch.optim.Adam(Net().parameters()).state_dict()]
+    torch.save(checkpoint, path)
+    resumed = EdgeOfStabilityMonitor(every_n_steps=1)
+    with pytest.warns(UserWarning, match=r"trained \[\['SGD', 2\]\].*this one \[\['Adam', 2\]\]"):
+        fit(Other(lr=1e-3), resumed, tmp_path, max_epochs=6, ckpt_path=path)
+    assert resumed.verdict is Verdict.WARMING_UP
+
+
+class Tight:
+    """A loss that runs out of memory on more than ``most`` samples."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def __call__(self, module: Any, batch: Any) -> torch.Tensor:
+        if len(batch) > self.most:
+            raise torch.OutOfMemoryError("pretended")
+        return module.net(batch).square().mean()
+
+
+@pytest.mark.parametrize(("most", "readings"), [(2, 5), (1, 0)], ids=["half-fits", "half-does-not"])
+def test_out_of_memory_halves_the_batches_once(most: int, readings: int, tmp_path: Path) -> None:
+    batches = [torch.cat([PROBE, PROBE])]
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1, loss_fn=Tight(most))
+    if readings:
+        fit(Net(lr=0.1), monitor, tmp_path, batches)
+        assert monitor.readings[0].sharpness == pytest.approx(9.0, rel=1e-5)
+    else:
+        with pytest.warns(UserWarning, match=r"pretended|stops measuring"):
+            fit(Net(lr=0.1), monitor, tmp_path, batches)
+    assert len(monitor.readings) == readings
+
+
+def test_finite_differences_as_the_method(tmp_path: Path) -> None:
+    monitor = EdgeOfStabilityMonitor(every_n_steps=2, method="fd")
+    fit(Net(lr=0.1), monitor, tmp_path)
+    assert {reading.method for reading in monitor.readings} == {"fd"}
+    # float32 gradients over a step of 1e-3 or 1e-2: some 1e-4
+    assert monitor.readings[0].sharpness == pytest.approx(9.0, rel=1e-3)
