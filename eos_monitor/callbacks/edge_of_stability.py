@@ -205,7 +205,7 @@ class EdgeOfStabilityMonitor(Callback):
             [type(optimizer).__name__, sum(p.numel() for group in optimizer.param_groups for p in group["params"])]
             for optimizer in trainer.optimizers
         ]
-        if self._active and self._watched_before not in (None, self._watched):
+        if self._active and self._watched_before and self._watched_before != self._watched:
             self._engine.warn_once(
                 "resumed",
                 f"eos_monitor: the run that this one goes on from trained {self._watched_before} (optimizer, number of "
