@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "EdgeOfStabilityMonitor": "callbacks.edge_of_stability",
     "StabilityProbe": "stability.probe",
-    "measure_stability": "stability.reading",
+    "measure_stability": "stability.gauge",
     "StabilityReading": "stability.reading",
     "critical_curvature": "stability.thresholds",
     "CriticalCurvature": "stability.thresholds",

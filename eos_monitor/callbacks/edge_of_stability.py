@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import time
@@ -13,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from eos_monitor.alerts import Sink, alert_of, check_alerts
-from eos_monitor.callbacks._compat import Callback, MisconfigurationException
+from eos_monitor.callbacks._compat import Callback
+from eos_monitor.callbacks.losses import resolve_loss
 from eos_monitor.callbacks.outputs import RunOutputs, describe_optimizers, describe_threshold, group_names
+from eos_monitor.callbacks.ranks import ranks_of, unsupported
 from eos_monitor.callbacks.trainer_sandbox import TrainerSandbox
 from eos_monitor.callbacks.verification import Verification, run_fingerprint
 from eos_monitor.curvature.fingerprint import Fingerprint
-from eos_monitor.curvature.sandbox import LossFn
 from eos_monitor.dashboard.report import run_report
 from eos_monitor.stability.detector import Verdict
 from eos_monitor.stability.engine import Engine, Ranks
@@ -183,14 +183,14 @@ class EdgeOfStabilityMonitor(Callback):
         self._used, self._active = True, False
         if not self._enabled or os.environ.get("EOS_MONITOR", "").lower() == "off":
             return
-        why_not = _unsupported(trainer)
+        why_not = unsupported(trainer)
         if why_not:
             self._engine.turn_off(why_not)
             return
         if trainer.world_size > 1:
-            self._engine.ranks = _ranks_of(trainer)
+            self._engine.ranks = ranks_of(trainer)
             self._engine.samples.share(trainer.world_size)
-        self._loss, self._loss_source = _resolve_loss(self._loss_fn, pl_module)
+        self._loss, self._loss_source = resolve_loss(self._loss_fn, pl_module)
         self._outputs = RunOutputs(trainer, self.name, self._alerts, self._engine.warn_once)
         self._outputs.layout()
         self._active = True
@@ -397,67 +397,6 @@ class EdgeOfStabilityMonitor(Callback):
         path = self._outputs.figure(sorted(timeline, key=lambda row: int(row["step"])), self._losses, self._title)
         figure = f" Figure ({time.perf_counter() - began:.2g} s): {path}" if path else ""
         self._outputs.say(self.report().replace("\n", " ") + figure)
-
-
-class _TrainingStepLoss:
-    """The module's own training step as a loss function."""
-
-    def __init__(self, takes_batch_idx: bool) -> None:
-        self._takes_batch_idx = takes_batch_idx
-
-    def __call__(self, pl_module: Any, batch: Any) -> Tensor:
-        output = pl_module.training_step(*((batch, 0) if self._takes_batch_idx else (batch,)))
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if loss is None:
-            raise RuntimeError("Expected training_step to return a loss, got None.")
-        return loss  # type: ignore[no-any-return]
-
-
-def _curvature_loss(pl_module: Any, batch: Any) -> Tensor:
-    return pl_module.curvature_loss(batch)  # type: ignore[no-any-return]
-
-
-def _resolve_loss(loss_fn: LossFn | None, pl_module: Any) -> tuple[LossFn, str]:
-    if loss_fn is not None:
-        return loss_fn, "loss_fn"
-    if callable(getattr(pl_module, "curvature_loss", None)):
-        return _curvature_loss, "curvature_loss"
-    remedy = "Pass EdgeOfStabilityMonitor(loss_fn=...) or define curvature_loss(self, batch) on the module."
-    if not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            "EdgeOfStabilityMonitor expected a loss that can be evaluated without stepping, got a training_step under "
-            f"manual optimization. {remedy}"
-        )
-    names = list(inspect.signature(pl_module.training_step).parameters)
-    if "dataloader_iter" in names:
-        raise MisconfigurationException(
-            "EdgeOfStabilityMonitor expected a training_step of one batch, got one that draws from dataloader_iter, "
-            f"which would consume the user's data. {remedy}"
-        )
-    return _TrainingStepLoss(len(names) > 1), "training_step"
-
-
-def _unsupported(trainer: Any) -> str | None:
-    """Say why this Trainer cannot be measured; None if it can."""
-    if trainer.barebones:
-        return "It does not measure with Trainer(barebones=True)."
-    strategies = [cls.__name__ for cls in type(trainer.strategy).__mro__]
-    # DeepSpeed's strategy derives from DDP's and shards all the same.
-    if trainer.world_size > 1 and ("DDPStrategy" not in strategies or "DeepSpeedStrategy" in strategies):
-        return f"It measures on one process or with DDP, not with {strategies[0]}."
-    if any(hasattr(p, "device_mesh") for p in trainer.lightning_module.parameters()):
-        return "It does not measure sharded parameters (DTensor)."
-    return None
-
-
-def _ranks_of(trainer: Any) -> Ranks:
-    strategy, device = trainer.strategy, trainer.lightning_module.device
-
-    def total(tensor: Tensor) -> Tensor:
-        summed: Tensor = strategy.reduce(tensor.detach().clone().to(device), reduce_op="sum")
-        return summed.to(tensor.device)
-
-    return Ranks(trainer.world_size, total, lambda value: strategy.broadcast(value, src=0))
 
 
 def _step(trainer: Any) -> int:

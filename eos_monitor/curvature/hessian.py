@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from eos_monitor.curvature.batches import batch_size, split_batch
+from eos_monitor.curvature.gradient_graph import GradientGraph, flatten
 from eos_monitor.curvature.sandbox import LossFn, Sandbox, preserve_rng
 
 METHODS = ("auto", "double-backward", "fd")
@@ -142,7 +143,7 @@ class HessianOperator:
         self.device = self._params[0].device
         self.loss: float | None = None
         self.unused: float | None = None
-        self._graph: _GradientGraph | None = None
+        self._graph: GradientGraph | None = None
         self.step: FiniteDifferenceStep | None = None  # calibrated at the first product of method "fd"
         self._entered = False
 
@@ -221,7 +222,7 @@ class HessianOperator:
             gradients = torch.autograd.grad(
                 self._evaluate(self._batches[i], points, i, dtype), points, allow_unused=True
             )
-            return _flatten(gradients, points, dtype or self.dtype, self.device)
+            return flatten(gradients, points, dtype or self.dtype, self.device)
 
         return self._mean(gradient, self.size, dtype or self.dtype)
 
@@ -351,10 +352,10 @@ class HessianOperator:
             loss = self._sandbox.evaluate(self._loss_fn, batch, parameters, stream=stream, dtype=dtype)
         return _check_loss(loss)
 
-    def _record(self, batch: Any, stream: int) -> _GradientGraph:
+    def _record(self, batch: Any, stream: int) -> GradientGraph:
         aliases = [p.detach().requires_grad_() for p in self._params]
         loss = self._evaluate(batch, aliases, stream)
-        return _GradientGraph(loss, aliases, self._params, self.dtype, self.device)
+        return GradientGraph(loss, aliases, self._params, self.dtype, self.device)
 
     def _split(self, v: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
         pieces = torch.split(v.detach(), [p.numel() for p in self._params])
@@ -380,43 +381,6 @@ def _widen(argument: Any) -> Any:
     return torch.float64 if short else argument
 
 
-class _GradientGraph:
-    """The gradient of one batch's loss, with the graph to differentiate it again."""
-
-    def __init__(
-        self, loss: Tensor, aliases: list[Tensor], params: list[Tensor], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.loss = float(loss.detach())
-        self._aliases, self._params, self._dtype, self._device = aliases, params, dtype, device
-        self._versions = [p._version for p in params]
-        # Not materialize_grads: it would turn reentrant checkpointing into a Hessian of silent zeros.
-        gradients = torch.autograd.grad(loss, aliases, create_graph=True, allow_unused=True)
-        used = sum(p.numel() for g, p in zip(gradients, params, strict=True) if g is not None)
-        self.unused = 1.0 - used / sum(p.numel() for p in params)
-        if used == 0:
-            raise RuntimeError(
-                "Expected a loss that depends on the parameters, got one that uses none of them. Was it computed "
-                "under no_grad, detached, or from another module?"
-            )
-        # A gradient without a graph is constant: that block of H is zero.
-        self._curved = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-
-    def outdated(self, params: list[Tensor]) -> bool:
-        return [p._version for p in params] != self._versions
-
-    def product(self, parts: list[Tensor], *, keep: bool) -> Tensor:
-        if not self._curved:
-            return torch.zeros(sum(p.numel() for p in self._params), dtype=self._dtype, device=self._device)
-        products = torch.autograd.grad(
-            [g for _, g in self._curved],
-            self._aliases,
-            grad_outputs=[parts[i].to(g.dtype) for i, g in self._curved],
-            retain_graph=keep,
-            allow_unused=True,
-        )
-        return _flatten(products, self._params, self._dtype, self._device)
-
-
 def _check_parameters(params: list[Tensor]) -> None:
     if not params:
         raise ValueError("Expected at least one trainable parameter, got none.")
@@ -434,18 +398,6 @@ def _check_loss(loss: Any) -> Tensor:
     if torch.is_grad_enabled() and not loss.requires_grad:
         raise RuntimeError("Expected a loss that depends on the parameters, got a constant.")
     return loss.reshape(())
-
-
-def _flatten(
-    tensors: Iterable[Tensor | None], params: list[Tensor], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    flat = [
-        torch.zeros(p.numel(), dtype=dtype, device=device)
-        if t is None
-        else (t.to_dense() if t.is_sparse else t).detach().reshape(-1).to(device, dtype)
-        for t, p in zip(tensors, params, strict=True)
-    ]
-    return torch.cat(flat)
 
 
 def _relative_distance(a: Tensor, b: Tensor) -> float:

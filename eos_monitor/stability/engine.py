@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from eos_monitor.curvature.hessian import SumOverRanks
 from eos_monitor.curvature.sandbox import LossFn, Sandbox
 from eos_monitor.stability.detector import InstabilityDetector, Verdict
-from eos_monitor.stability.reading import Gauge, Measurement, StabilityReading
+from eos_monitor.stability.gauge import Gauge
+from eos_monitor.stability.reading import Measurement, StabilityReading
 from eos_monitor.stability.samples import ProbeSamples
 from eos_monitor.stability.schedule import Schedule
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from eos_monitor import StabilityReading, critical_curvature, lanczos, measure_stability
-from eos_monitor.stability.reading import Gauge, Measurement
+from eos_monitor.stability.gauge import Gauge
+from eos_monitor.stability.reading import Measurement
 from tests.nets import PROBLEMS, PartlyUsed, Problem, cross_entropy, dense_hessian, labelled, make, mlp, squared_error
 
 EDGE_FIELDS = ("edge_ratio", "error", "residual", "eigenvalues", "normalized_sharpness", "edge_scale", "edge_lr")

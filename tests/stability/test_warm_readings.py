@@ -15,7 +15,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from eos_monitor.stability.reading import Gauge, StabilityReading
+from eos_monitor.stability.gauge import Gauge
+from eos_monitor.stability.reading import StabilityReading
 
 Batch = tuple[Tensor, Tensor]
 

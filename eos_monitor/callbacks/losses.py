@@ -1,0 +1,55 @@
+"""The loss that a monitor measures: the user's function, the module's own, or its training step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from eos_monitor.callbacks._compat import MisconfigurationException
+from eos_monitor.curvature.sandbox import LossFn
+
+
+class _TrainingStepLoss:
+    """The module's own training step as a loss function."""
+
+    def __init__(self, takes_batch_idx: bool) -> None:
+        self._takes_batch_idx = takes_batch_idx
+
+    def __call__(self, pl_module: Any, batch: Any) -> Tensor:
+        output = pl_module.training_step(*((batch, 0) if self._takes_batch_idx else (batch,)))
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if loss is None:
+            raise RuntimeError("Expected training_step to return a loss, got None.")
+        return loss  # type: ignore[no-any-return]
+
+
+def _curvature_loss(pl_module: Any, batch: Any) -> Tensor:
+    return pl_module.curvature_loss(batch)  # type: ignore[no-any-return]
+
+
+def resolve_loss(loss_fn: LossFn | None, pl_module: Any) -> tuple[LossFn, str]:
+    """Return the loss function and its name.
+
+    Raises:
+        MisconfigurationException: If only a training step is there and it cannot be run again.
+    """
+    if loss_fn is not None:
+        return loss_fn, "loss_fn"
+    if callable(getattr(pl_module, "curvature_loss", None)):
+        return _curvature_loss, "curvature_loss"
+    remedy = "Pass EdgeOfStabilityMonitor(loss_fn=...) or define curvature_loss(self, batch) on the module."
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            "EdgeOfStabilityMonitor expected a loss that can be evaluated without stepping, got a training_step under "
+            f"manual optimization. {remedy}"
+        )
+    names = list(inspect.signature(pl_module.training_step).parameters)
+    if "dataloader_iter" in names:
+        raise MisconfigurationException(
+            "EdgeOfStabilityMonitor expected a training_step of one batch, got one that draws from dataloader_iter, "
+            f"which would consume the user's data. {remedy}"
+        )
+    return _TrainingStepLoss(len(names) > 1), "training_step"
