@@ -1,14 +1,63 @@
-"""Settings of the whole suite."""
+"""Settings of the whole suite, and a watch over what tests leave behind."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from torch.nn.modules import module as torch_module
 
 # `tests` has no __init__.py, so plain `pytest` does not put the root on the path (`python -m pytest` does).
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 # The nets are tiny: a second thread only waits.
 torch.set_num_threads(1)
+
+
+def leftovers() -> dict[str, Any]:
+    """What a test could leave behind in this process."""
+    return {
+        "threads": {thread.name for thread in threading.enumerate() if thread.is_alive()},
+        "processes": {process.pid for process in multiprocessing.active_children()},
+        # Lightning sets this one itself, at every fit, for its own DDP children.
+        "environment": {
+            key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PL_", "LOCAL_"))
+        },
+        "global hooks": [
+            len(getattr(torch_module, name))
+            for name in sorted(vars(torch_module))
+            if name.startswith("_global_") and name.endswith("hooks")
+        ],
+        "flags": {
+            "grad": torch.is_grad_enabled(),
+            "inference": torch.is_inference_mode_enabled(),
+            "dtype": torch.get_default_dtype(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "anomaly": torch.is_anomaly_enabled(),
+            "autocast": torch.is_autocast_enabled("cpu"),
+            "threads": torch.get_num_threads(),
+            "flash": torch.backends.cuda.flash_sdp_enabled(),
+            "math": torch.backends.cuda.math_sdp_enabled(),
+            "cudnn": torch.backends.cudnn.enabled,
+        },
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a thread, a process, a hook, an environment variable or a changed flag."""
+    before = leftovers()
+    yield
+    after = leftovers()
+    new = {key: (before[key], after[key]) for key in before if key != "threads" and before[key] != after[key]}
+    # A thread that ended is no leftover; tqdm keeps one of its own for the life of the process.
+    threads = after["threads"] - before["threads"] - {"tqdm_monitor"}
+    assert not threads, f"threads left: {threads}"
+    assert not new, f"left behind: {new}"

@@ -1,6 +1,7 @@
 """What goes wrong in real runs: each fault leaves the run as it would be without the monitor, and is told once."""
 
 import importlib
+import sys
 import time
 import warnings
 from collections import namedtuple
@@ -343,11 +344,10 @@ def run(namespace: str, fault: Fault, folder: Path, monitor: Any) -> tuple[dict[
     return everything(trainer, module, rows), [str(w.message) for w in caught if "eos_monitor" in str(w.message)]
 
 
-# The rows that need more than a table can say. They stand in one package only: nothing in them depends on which.
-pl = importlib.import_module(NAMESPACES[0])
+BOTH = [NAMESPACES[0], pytest.param(NAMESPACES[1], marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("namespace", [NAMESPACES[0], pytest.param(NAMESPACES[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("namespace", BOTH)
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_told_and_harms_nothing(namespace: str, name: str, tmp_path: Path) -> None:
     fault = FAULTS[name]
@@ -356,6 +356,18 @@ def test_fault_is_told_and_harms_nothing(namespace: str, name: str, tmp_path: Pa
     compared, told = run(namespace, fault, tmp_path, monitor)
     assert differences(without, compared) == []
     fault.expect(monitor, told)
+
+
+# ---------------------------------------------------------------- the rows that need more than a table can say
+
+pl: Any = None
+
+
+@pytest.fixture(params=BOTH)
+def package(request: Any, monkeypatch: Any) -> Any:
+    """The Lightning package of the test, also as ``pl``."""
+    monkeypatch.setattr(sys.modules[__name__], "pl", importlib.import_module(request.param))
+    return pl
 
 
 def fit(module: Any, folder: Path, callbacks: list[Any], loader: Any = None, **settings: Any) -> Any:
@@ -380,7 +392,7 @@ def plain_module(**kwargs: Any) -> Any:
     return make_module(pl, Fault(measures, **kwargs))
 
 
-def test_iterable_dataset_is_not_consumed(tmp_path: Path) -> None:
+def test_iterable_dataset_is_not_consumed(package: Any, tmp_path: Path) -> None:
     data = Counted()
     monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe_samples=24, alerts=())
     trainer = fit(plain_module(), tmp_path, [monitor], torch.utils.data.DataLoader(data, batch_size=None))
@@ -388,7 +400,7 @@ def test_iterable_dataset_is_not_consumed(tmp_path: Path) -> None:
     assert len(monitor.readings) == STEPS + 1 - 2  # the third batch fills the probe
 
 
-def test_two_monitors_at_once(tmp_path: Path) -> None:
+def test_two_monitors_at_once(package: Any, tmp_path: Path) -> None:
     first = EdgeOfStabilityMonitor(every_n_steps=1, probe_samples=8, alerts=())
     second = EdgeOfStabilityMonitor(every_n_steps=2, probe_samples=8, alerts=(), name="other")
     trainer = fit(plain_module(), tmp_path, [first, second], logger=pl.loggers.CSVLogger(tmp_path))
@@ -399,7 +411,7 @@ def test_two_monitors_at_once(tmp_path: Path) -> None:
     assert (Path(trainer.logger.log_dir) / "other_readings.jsonl").exists()
 
 
-def test_attached_to_a_run_in_its_middle(tmp_path: Path) -> None:
+def test_attached_to_a_run_in_its_middle(package: Any, tmp_path: Path) -> None:
     module = plain_module()
     trainer = fit(module, tmp_path, [])
     monitor = EdgeOfStabilityMonitor(every_n_steps=4, probe_samples=8, alerts=())
@@ -410,7 +422,7 @@ def test_attached_to_a_run_in_its_middle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("entry", ["validate", "test", "predict"])
-def test_other_entry_points_measure_nothing(entry: str, tmp_path: Path) -> None:
+def test_other_entry_points_measure_nothing(package: Any, entry: str, tmp_path: Path) -> None:
     class Evaluated(type(plain_module())):  # type: ignore[misc]
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
             return self.net(batch[0]).sum()
@@ -425,7 +437,7 @@ def test_other_entry_points_measure_nothing(entry: str, tmp_path: Path) -> None:
     assert monitor.readings == []
 
 
-def test_sanity_checking_measures_nothing(tmp_path: Path) -> None:
+def test_sanity_checking_measures_nothing(package: Any, tmp_path: Path) -> None:
     class Validated(type(plain_module())):  # type: ignore[misc]
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             seen.append(len(monitor.readings))
@@ -452,7 +464,7 @@ def interrupted(module: Any, batch: Any) -> torch.Tensor:
     raise KeyboardInterrupt
 
 
-def test_keyboard_interrupt_in_a_reading_is_the_users(tmp_path: Path) -> None:
+def test_keyboard_interrupt_in_a_reading_is_the_users(package: Any, tmp_path: Path) -> None:
     """It ends the run, as it would anywhere else, and the module is as it was."""
     module = plain_module()
     before = {name: p.clone() for name, p in module.named_parameters()}
@@ -465,7 +477,7 @@ def test_keyboard_interrupt_in_a_reading_is_the_users(tmp_path: Path) -> None:
     assert module.training
 
 
-def test_a_slow_reading_is_repaid_before_the_next(tmp_path: Path) -> None:
+def test_a_slow_reading_is_repaid_before_the_next(package: Any, tmp_path: Path) -> None:
     """Against the clock of the schedule itself, not against a time that this machine would have to hold."""
 
     def slow(module: Any, batch: Any) -> torch.Tensor:
@@ -479,7 +491,9 @@ def test_a_slow_reading_is_repaid_before_the_next(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["full-disk", "folder-is-a-file"])
-def test_a_log_folder_that_cannot_be_written_costs_only_the_file(how: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_log_folder_that_cannot_be_written_costs_only_the_file(
+    package: Any, how: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     folder = tmp_path / "logs"
     if how == "full-disk":
 
@@ -497,7 +511,7 @@ def test_a_log_folder_that_cannot_be_written_costs_only_the_file(how: str, tmp_p
     assert len(monitor.readings) == STEPS + 1
 
 
-def test_barebones_trainer_is_told_once(tmp_path: Path) -> None:
+def test_barebones_trainer_is_told_once(package: Any, tmp_path: Path) -> None:
     monitor = EdgeOfStabilityMonitor(every_n_steps=1)
     trainer = pl.Trainer(
         barebones=True, max_epochs=1, accelerator="cpu", callbacks=[monitor], default_root_dir=tmp_path
@@ -507,7 +521,7 @@ def test_barebones_trainer_is_told_once(tmp_path: Path) -> None:
     assert monitor.readings == []
 
 
-def test_lazily_created_parameters(tmp_path: Path) -> None:
+def test_lazily_created_parameters(package: Any, tmp_path: Path) -> None:
     module = plain_module(net=lambda: nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, CLASSES)))
     module.configure_optimizers = lambda: torch.optim.SGD(module.net[2].parameters(), lr=0.1)
     module.net(samples()[0])
@@ -517,8 +531,8 @@ def test_lazily_created_parameters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tuner", ["lr_find", "scale_batch_size"])
-def test_tuners_run_their_fits_unwatched(tuner: str, tmp_path: Path) -> None:
-    tuners = importlib.import_module(f"{NAMESPACES[0]}.tuner")
+def test_tuners_run_their_fits_unwatched(package: Any, tuner: str, tmp_path: Path) -> None:
+    tuners = importlib.import_module(f"{package.__name__}.tuner")
 
     class Tuned(type(plain_module())):  # type: ignore[misc]
         def __init__(self) -> None:
