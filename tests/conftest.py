@@ -26,9 +26,11 @@ def leftovers() -> dict[str, Any]:
     return {
         "threads": {thread.name for thread in threading.enumerate() if thread.is_alive()},
         "processes": {process.pid for process in multiprocessing.active_children()},
-        # Lightning sets this one itself, at every fit, for its own DDP children.
+        # Lightning sets its own for DDP children, and torch and scikit-learn set some when they are first imported.
         "environment": {
-            key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PL_", "LOCAL_"))
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("PYTEST", "PL_", "LOCAL_", "KMP_", "TORCH", "PYTORCH"))
         },
         "global hooks": [
             len(getattr(torch_module, name))

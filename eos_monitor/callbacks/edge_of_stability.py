@@ -64,7 +64,7 @@ class EdgeOfStabilityMonitor(Callback):
         probe: ``"fixed"`` (copies of the first training batches, on the CPU), ``"batch"`` (the batch of the step), or
             an iterable of batches.
         probe_samples: Samples to collect for ``"fixed"``, in whole batches.
-        k: Number of eigenvalues per reading.
+        k: Number of eigenvalues per reading, or ``"edge"`` for all of at least 0.75.
         rtol: Relative residual of a reading.
         raw_sharpness: Solve for λ_max(H) too where it does not follow from the edge ratio, at the cost of a second
             solve.
@@ -100,7 +100,7 @@ class EdgeOfStabilityMonitor(Callback):
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         probe: str | Iterable[Any] = "fixed",
         probe_samples: int = 256,
-        k: int = 1,
+        k: int | Literal["edge"] = 1,
         rtol: float = 1e-2,
         raw_sharpness: bool = False,
         alerts: Sequence[str | Sink] = ("log",),
@@ -146,6 +146,11 @@ class EdgeOfStabilityMonitor(Callback):
     def readings(self) -> list[StabilityReading]:
         """All readings of the last fit, oldest first."""
         return self._engine.readings
+
+    @property
+    def eigenvectors(self) -> Tensor | None:
+        """Critical modes of the last reading, ``(n, k)``: directions in the order of the optimizers' parameters."""
+        return self._engine.eigenvectors
 
     @property
     def verdict(self) -> Verdict:

@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eos_monitor.curvature.hessian import SumOverRanks
@@ -61,7 +61,7 @@ class Engine:
         max_overhead: float = 0.05,
         probe: str | Iterable[Any] = "fixed",
         probe_samples: int = 256,
-        k: int = 1,
+        k: int | Literal["edge"] = 1,
         rtol: float = 1e-2,
         max_matvecs: int = 64,
         method: str = "auto",
@@ -96,6 +96,11 @@ class Engine:
     def verdict(self) -> Verdict:
         """Verdict as of the last step."""
         return self.detector.verdict
+
+    @property
+    def eigenvectors(self) -> Tensor | None:
+        """Critical modes of the last reading, ``(n, k)``, in parameter space."""
+        return self._gauge.modes
 
     def due(self, step: int) -> bool:
         """Whether to measure before ``step``; the same on every process."""

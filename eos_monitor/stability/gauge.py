@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ _ATOL = 1e-6
 _DEAD = 1e-12
 _AUDIT_EVERY = 10
 _PARTS = 8
+_NEAR_EDGE = 0.75
+_MOST_MODES = 16
 _AUDIT_PRODUCTS = 8
 
 
@@ -40,7 +42,7 @@ class Gauge:
     """Takes readings one after the other: recycles Ritz vectors, and checks the products at the first.
 
     Args:
-        k: Number of eigenvalues.
+        k: Number of eigenvalues, or ``"edge"`` for all of at least 0.75 (at most 16).
         rtol: Relative residual of a warm solve; a cold one is tightened to at most 1e-4.
         max_matvecs: Bound on the products of one solve.
         method: See :class:`HessianOperator`.
@@ -52,7 +54,7 @@ class Gauge:
     def __init__(
         self,
         *,
-        k: int = 1,
+        k: int | Literal["edge"] = 1,
         rtol: float = 1e-2,
         max_matvecs: int = 64,
         method: str = "auto",
@@ -60,15 +62,17 @@ class Gauge:
         batch_size_fn: Callable[[Any], int] | None = None,
         seed: int = 0,
     ) -> None:
-        if k < 1 or max_matvecs < k:
+        least = 1 if k == "edge" else k
+        if not isinstance(least, int) or least < 1 or max_matvecs < least:
             raise ValueError(f"Expected 1 <= `k` <= `max_matvecs`, got {k} and {max_matvecs}.")
         if not 0.0 < rtol < 1.0:
             raise ValueError(f"Expected 0 < `rtol` < 1, got {rtol}.")
-        self._k, self._rtol, self._max_matvecs = k, rtol, max_matvecs
+        self._all_at_edge, self._rtol, self._max_matvecs = k == "edge", rtol, max_matvecs
         self._method, self._raw, self._batch_size_fn = method, raw_sharpness, batch_size_fn
         self._random = _Random(seed)
-        self._edge_solver = _WarmSolver(k, rtol, max_matvecs, self._random)
+        self._edge_solver = _WarmSolver(least, rtol, max_matvecs, self._random)
         self._raw_solver = _WarmSolver(1, rtol, max_matvecs, self._random)
+        self.modes: Tensor | None = None  # (n, k), of the last reading, in parameter space
         self.check_note: str | None = None
         self.products_are_wrong = False
         self._checked = False
@@ -149,11 +153,12 @@ class Gauge:
         edge = _EdgeOperator(operator, curvature)
         if operator.method == "fd" and operator.step is None:
             operator.step = operator.calibrate(self._random.vector(operator))
-        spectrum = self._edge_solver.solve(edge)
+        spectrum, matvecs = self._solve_edge(edge)
         top = edge.scale * spectrum.eigenvectors[:, 0]  # the critical mode in parameter space
         self._check_products(operator, top)
         if self.products_are_wrong:
-            return replace(reading, matvecs=spectrum.matvecs), None
+            return replace(reading, matvecs=matvecs), None
+        self.modes = edge.scale[:, None] * spectrum.eigenvectors
         eigenvalues = tuple(spectrum.eigenvalues.tolist())
         r, residual = eigenvalues[0], float(spectrum.residuals[0])
         sampling = self._sampling_error(operator, edge, spectrum, reading.full_batch)
@@ -177,10 +182,30 @@ class Gauge:
             sharpness=_free_sharpness(r, curvature),
             edge_scale=scale,
             edge_lr=None if scale is None else tuple(scale * lr for lr in reading.lr),
-            matvecs=spectrum.matvecs + scale_solver.matvecs,
+            matvecs=matvecs + scale_solver.matvecs,
             converged=spectrum.converged,
         )
         return reading, top
+
+    def _solve_edge(self, edge: _EdgeOperator) -> tuple[Spectrum, int]:
+        """Solve for the eigenvalues that were asked for; return the products too."""
+        solver = self._edge_solver
+        spectrum = solver.solve(edge)
+        matvecs = spectrum.matvecs
+        if not self._all_at_edge:
+            return spectrum, matvecs
+        while float(spectrum.eigenvalues[-1]) >= _NEAR_EDGE and len(spectrum.eigenvalues) == solver.k < _MOST_MODES:
+            solver.k = min(_MOST_MODES, solver.k + 2)
+            spectrum = solver.solve(edge)
+            matvecs += spectrum.matvecs
+        near = max(1, int((spectrum.eigenvalues >= _NEAR_EDGE).sum()))
+        solver.k = min(_MOST_MODES, near + 1)  # the next reading sees that it has all of them
+        return replace(
+            spectrum,
+            eigenvalues=spectrum.eigenvalues[:near],
+            eigenvectors=spectrum.eigenvectors[:, :near],
+            residuals=spectrum.residuals[:near],
+        ), matvecs
 
     def _sampling_error(
         self, operator: HessianOperator, edge: _EdgeOperator, spectrum: Spectrum, full_batch: bool
@@ -191,8 +216,10 @@ class Gauge:
         from u fitting the sample, to first order Σ_b ‖p_b − p̄‖²_⊥ / (m (m − 1) θ), the other eigenvalues taken as 0.
         """
         theta = float(spectrum.eigenvalues[0])
-        if full_batch or theta <= 0.0:
+        if full_batch:
             return 0.0
+        if theta <= 0.0:
+            return None
         if self._edge_solver.solves % _AUDIT_EVERY == 1:  # the relative error changes slowly
             try:
                 spread = operator.spread(spectrum.eigenvectors[:, 0], edge.scale, _PARTS)
@@ -227,8 +254,8 @@ class Gauge:
     def _check_products(self, operator: HessianOperator, v: Tensor) -> None:
         if self._checked:
             return
-        self._checked = True
         check = operator.check(v)
+        self._checked = True
         self.products_are_wrong = not check.passed
         if not check.passed:
             self.check_note = (
@@ -263,7 +290,7 @@ def measure_stability(
     batches: Iterable[Any],
     optimizer: Optimizer | Iterable[Optimizer],
     *,
-    k: int = 1,
+    k: int | Literal["edge"] = 1,
     v0: Tensor | None = None,
     rtol: float = 1e-2,
     max_matvecs: int = 64,
@@ -285,7 +312,7 @@ def measure_stability(
         loss_fn: ``loss_fn(module, batch)`` -> scalar mean loss.
         batches: The probe: batches of any structure.
         optimizer: The optimizer in use, or several.
-        k: Number of eigenvalues.
+        k: Number of eigenvalues, or ``"edge"`` for all of at least 0.75.
         v0: Start vector ``(n,)`` or block ``(n, j)`` in the scaled coordinates C^½ θ; random when None.
         rtol: Relative residual to reach; without ``v0`` at most 1e-4, because a loose cold stop can sit on the wrong
             eigenvalue.
@@ -391,7 +418,7 @@ class _WarmSolver:
     """Eigen-solver that starts from the Ritz vectors of the solve before."""
 
     def __init__(self, k: int, rtol: float, max_matvecs: int, random: _Random, block: Tensor | None = None) -> None:
-        self._k, self._rtol, self._max_matvecs, self._random = k, rtol, max_matvecs, random
+        self.k, self._rtol, self._max_matvecs, self._random = k, rtol, max_matvecs, random
         self.block = block
         self.matvecs = 0  # in all solves
         self.solves = 0
@@ -412,7 +439,7 @@ class _WarmSolver:
         spectrum, self.block = lanczos_recycled(
             operator,
             start if mask is None else start * mask[:, None],
-            k=min(self._k, operator.size if mask is None else int(mask.sum())),
+            k=min(self.k, operator.size if mask is None else int(mask.sum())),
             # No residual gets below the error of the products; beyond `rtol` that is no excuse.
             rtol=max(_WARM_SHARE * self._rtol if warm else tight, min(2 * step.error, self._rtol) if step else 0.0),
             atol=_ATOL,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,7 +29,7 @@ class StabilityProbe:
         max_overhead: Share of the training time that readings may take, in (0, 1].
         probe: ``"fixed"`` (copies of the first batches), ``"batch"`` (that of the step), or an iterable of batches.
         probe_samples: Samples to collect for ``"fixed"``.
-        k: Number of eigenvalues.
+        k: Number of eigenvalues, or ``"edge"`` for all of at least 0.75.
         rtol: Relative residual of a reading.
         raw_sharpness: Solve for λ_max(H) too where it does not follow from the edge ratio.
         full_batch: Whether the probe is all the data that each step uses. STABLE is only said of such runs.
@@ -66,7 +66,7 @@ class StabilityProbe:
         max_overhead: float = 0.05,
         probe: str | Iterable[Any] = "fixed",
         probe_samples: int = 256,
-        k: int = 1,
+        k: int | Literal["edge"] = 1,
         rtol: float = 1e-2,
         raw_sharpness: bool = False,
         full_batch: bool = False,
@@ -91,6 +91,11 @@ class StabilityProbe:
     def readings(self) -> list[StabilityReading]:
         """All readings, oldest first."""
         return self._engine.readings
+
+    @property
+    def eigenvectors(self) -> Tensor | None:
+        """Critical modes of the last reading, ``(n, k)``, in parameter space."""
+        return self._engine.eigenvectors
 
     @property
     def verdict(self) -> Verdict:

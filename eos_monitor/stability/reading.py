@@ -25,7 +25,8 @@ class StabilityReading:
         normalized_sharpness: ``edge_ratio · threshold``; lr·λ_max(H) for gradient descent without decay.
         threshold: Limit of lr·λ_max(P⁻¹(H + W)) for this optimizer: 2 for gradient descent.
         edge_ratio: λ_max(C^-½ (H + W) C^-½); 1 at the full-batch edge.
-        error: RMS error of ``edge_ratio``; numerical only where ``sampling_error`` is None.
+        error: RMS error of ``edge_ratio`` as an estimate of its value on all data; numerical only where
+            ``sampling_error`` is None.
         sampling_error: Part of ``error`` that comes from the probe being a sample.
         residual: ``‖A v − θ v‖ / |θ|`` of the top eigenpair.
         eigenvalues: The k largest eigenvalues of C^-½ (H + W) C^-½.
@@ -36,7 +37,7 @@ class StabilityReading:
         directional_ratio: Curvature along the update relative to the gradient's slope.
         full_batch: Whether the probe is all the data that a step uses.
         samples: Number of samples in the probe.
-        matvecs: Hessian-vector products spent, the self-check left out.
+        matvecs: Hessian-vector products of the solves; self-check and sampling error are not counted.
         seconds: Wall-clock time of the reading.
         method: How the products were computed.
         converged: Whether the residuals met their tolerance; this does not certify that no larger eigenvalue exists.

@@ -642,3 +642,38 @@ def test_squared_error_of_a_linear_net_by_hand() -> None:
     assert found.sharpness == pytest.approx(exact, rel=1e-4)
     assert found.edge_ratio == pytest.approx(0.1 * exact, rel=1e-4)
     assert found.samples == 10
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "found"),
+    [
+        ([0.3, 0.1, 0.0], 1),
+        ([1.1, 1.0, 0.9, 0.8, 0.7, 0.1], 4),
+        ([1.0, 0.99, 0.98, 0.79, 0.78, 0.77, 0.76, 0.74, 0.73, 0.1, 0.0], 7),
+        ([1.0 - 0.01 * i for i in range(24)], 16),
+    ],
+    ids=["below", "four", "clusters", "more-than-the-bound"],
+)
+def test_all_modes_near_the_edge(eigenvalues: list[float], found: int) -> None:
+    """k="edge" on a diagonal quadratic whose edge ratios are known."""
+    lr = 0.1
+    curvature = torch.tensor(eigenvalues, dtype=torch.float64) * 2 / lr
+    net = nn.Linear(len(eigenvalues), 1, bias=False).double()
+
+    def loss_fn(module: Any, batch: Any) -> torch.Tensor:
+        return 0.5 * (curvature * module.weight[0].square()).sum() + 0.0 * batch.sum()
+
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    gauge = Gauge(k="edge", rtol=1e-6)
+    for _ in range(2):  # cold, then warm with the number known
+        reading = gauge.measure(net, loss_fn, [torch.ones(1)], [optimizer], step=0, full_batch=True).reading
+        assert reading.eigenvalues == pytest.approx(sorted(eigenvalues)[::-1][:found], abs=1e-5)
+        assert gauge.modes is not None
+        assert gauge.modes.shape == (len(eigenvalues), found)
+        # A mode x satisfies H x = r c x.
+        torch.testing.assert_close(
+            curvature[:, None] * gauge.modes,
+            torch.tensor(reading.eigenvalues, dtype=torch.float64) * 2 / lr * gauge.modes,
+            atol=1e-3,
+            rtol=0,
+        )
