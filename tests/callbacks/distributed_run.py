@@ -45,11 +45,11 @@ class FaultyLoss:
 
     def __call__(self, module: Any, batch: Any) -> torch.Tensor:
         self.calls += 1
-        if module.global_rank == 1 and self.calls % 7 == 0:
-            if self.fault == "raises":
-                raise RuntimeError("rank 1 on purpose")
-            if self.fault == "late":
+        if module.global_rank == 1 and self.fault != "none":
+            if self.calls % 5 == 0:
                 time.sleep(0.2)
+            if self.calls % 7 == 0 and self.fault == "late-and-raises":
+                raise RuntimeError("rank 1 on purpose")
         x, y = batch
         net = module.net
         return F.cross_entropy(net[3](net[1](net[0](x))), y)
@@ -89,12 +89,12 @@ def main(strategy: str, with_monitor: bool, fault: str, samples: int, folder: Pa
     )
     monitor = None
     if with_monitor:
-        cadence = None if fault == "late" else 1
+        cadence = None if fault == "late" else 1  # by the clock, which is another one on each rank
         monitor = EdgeOfStabilityMonitor(
             every_n_steps=cadence, max_overhead=1.0, probe_samples=32, loss_fn=FaultyLoss(fault), alerts=()
         )
     trainer = pl.Trainer(
-        max_epochs=5,
+        max_epochs=6,
         accelerator="cpu",
         devices=2,
         strategy=pl.strategies.DDPStrategy(static_graph=True) if strategy == "static" else strategy,

@@ -273,6 +273,18 @@ FAULTS: dict[str, Fault] = {
         measures, batches=lambda: [Graph(*b) for b in default_batches()], step=from_attributes
     ),
     "batch-size-changes": Fault(measures, batches=lambda: [samples(n) for n in (8, 3, 5, 1, 8, 2, 7, 4)]),
+    "batch-is-empty-once": Fault(
+        skips("at least one sample"),
+        batches=lambda: [default_batches()[0], samples(0), *default_batches()[2:]],
+        step=lambda m, b, n: default_step(m, b, n) if len(b[0]) else None,
+        monitor={"probe": "batch"},
+    ),
+    "no-trainable-parameter": Fault(
+        gives_up("trainable parameters", "got none"),
+        prepare=lambda m: m.requires_grad_(False),
+        optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1),
+        step=lambda m, b, n: default_step(m, (b[0].clone().requires_grad_(), b[1]), n),
+    ),
     "frozen-parameters": Fault(measures, prepare=freeze_first),
     "unfrozen-later": Fault(
         measures, prepare=freeze_first, step=unfreeze_later, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1)

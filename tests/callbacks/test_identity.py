@@ -344,6 +344,9 @@ CASES: dict[str, Case] = {
     ),
     "stop-from-the-step": Case(during=stop_early, trainer={"max_epochs": 4}),
     "double-precision": Case(net=lambda: mlp(dropout=0.3), trainer={"precision": "64-true"}),
+    "finite-differences": Case(net=lambda: mlp(dropout=0.3), monitor={"method": "fd"}),
+    "all-modes-near-the-edge": Case(monitor={"k": "edge"}),
+    "verified-at-every-reading": Case(net=lambda: mlp(norm=True), monitor={"verify": "always"}),
     "batch-probe-top3": Case(monitor={"probe": "batch", "k": 3}),
     "relu-raw-sharpness": Case(
         net=lambda: mlp(activation=nn.ReLU),
