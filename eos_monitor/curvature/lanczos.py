@@ -63,7 +63,8 @@ def lanczos(
     .. math:: \|A v_i - \theta_i v_i\| \le \max(\mathrm{rtol}\,|\theta_i|, \mathrm{atol}),
 
     or when the products are spent. The eigenvalue error is about residual² / gap; a start vector that is nearly
-    orthogonal to the top eigenvector can still converge to a lower one, the more easily the looser ``rtol``.
+    orthogonal to the top eigenvector can still converge to a lower one, the more easily the looser ``rtol``. From a
+    single start vector an eigenvalue that repeats exactly is found once; a start block of j vectors finds j copies.
 
     Args:
         operator: Object with ``matvec`` (and ``size``, ``dtype``, ``device``), or a function ``v -> A v`` on flat
