@@ -46,9 +46,9 @@ class FaultyLoss:
     def __call__(self, module: Any, batch: Any) -> torch.Tensor:
         self.calls += 1
         if module.global_rank == 1 and self.fault != "none":
-            if self.calls % 5 == 0:
+            if self.calls % 10 == 0:
                 time.sleep(0.2)
-            if self.calls % 7 == 0 and self.fault == "late-and-raises":
+            if self.calls % 83 == 0 and self.fault == "late-and-raises":
                 raise RuntimeError("rank 1 on purpose")
         x, y = batch
         net = module.net
