@@ -76,3 +76,19 @@ def test_code_of_the_quickstart_runs(tmp_path: Path, monkeypatch: Any) -> None:
     mine = eos_monitor.critical_curvature(MyOptimizer(net.parameters(), lr=0.1))
     assert mine.c is not None
     assert torch.allclose(mine.c, torch.tensor(20.0))
+
+
+def test_no_trace_page_has_every_row_and_none_failed() -> None:
+    """The page is written from a test run; it must not fall behind the tables of the tests."""
+    from tests.callbacks.test_faults import FAULTS
+    from tests.callbacks.test_identity import CASES
+
+    text = (ROOT / "docs" / "no-trace.md").read_text(encoding="utf-8")
+    tables = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->", text, re.S))
+    assert set(tables) == {"identity", "faults", "distributed"}
+    for name, cases in (("identity", CASES), ("faults", FAULTS)):
+        rows = [line.strip("|").split(" | ") for line in tables[name].splitlines()[2:]]
+        assert {case.replace("-", " ") for case in cases} <= {row[0].strip() for row in rows}
+        assert all(cell.strip() == "passed" for row in rows for cell in row[1:]), name
+        assert len(rows) >= 40
+    assert "failed" not in tables["distributed"]

@@ -368,7 +368,11 @@ PARAMETERS = [
         namespace,
         name,
         id=f"{name}-{namespace}",
-        marks=[pytest.mark.slow] if case.slow or (name not in BASIC and namespace != NAMESPACES[0]) else [],
+        marks=[pytest.mark.slow, pytest.mark.compiles]
+        if case.slow
+        else [pytest.mark.slow]
+        if name not in BASIC and namespace != NAMESPACES[0]
+        else [],
     )
     for name, case in CASES.items()
     for namespace in NAMESPACES

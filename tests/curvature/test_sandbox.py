@@ -351,6 +351,7 @@ def test_choice_of_attention_kernels_is_put_back() -> None:
         assert [flag() for flag in flags] == before
 
 
+@pytest.mark.compiles
 @pytest.mark.slow  # importing the compiler can take most of a minute
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_module_runs_eagerly_and_is_not_compiled_again() -> None:
