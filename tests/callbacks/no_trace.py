@@ -40,7 +40,7 @@ def row_of(node: str) -> tuple[str, str]:
     detail = parameters.replace(package, "").strip("-") if package else parameters
     own = name.removeprefix("test_")
     generic = own in ("monitor_leaves_the_run_bit_identical", "fault_is_told_and_harms_nothing")
-    words = detail if generic else f"{own} {detail}"
+    words = detail if generic else f"{own}: {detail}" if detail else own
     return words.replace("_", " ").replace("-", " ").strip(), package
 
 
