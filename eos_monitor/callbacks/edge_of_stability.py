@@ -260,7 +260,7 @@ class EdgeOfStabilityMonitor(Callback):
             self._flush_losses(trainer)
             engine.samples.close()
             on_time = engine.due(step) if engine.schedule.every_n_steps else engine.affordable()
-            possible = engine.off is None and engine.samples.full and engine.samples.kind != "batch"
+            possible = engine.ready() and engine.samples.kind != "batch"
             if possible and (on_time or not engine.readings):
                 measurement = self._measure(trainer, pl_module, None, step)
                 if measurement is not None:

@@ -104,7 +104,7 @@ class Engine:
 
     def due(self, step: int) -> bool:
         """Whether to measure before ``step``; the same on every process."""
-        if self.off is not None or not self._ready_everywhere():
+        if not self.ready():
             return False
         if self.schedule.every_n_steps is not None or not self.schedule.deciding(step):
             return self.schedule.due(step)
@@ -203,8 +203,9 @@ class Engine:
             self._warned.add(topic)
             warnings.warn(message, stacklevel=2)
 
-    def _ready_everywhere(self) -> bool:
-        if not self._full_everywhere:
+    def ready(self) -> bool:
+        """Whether readings can be taken; the same on every process."""
+        if self.off is None and not self._full_everywhere:
             failed, full = self._probe_failure is not None, self.samples.full
             if self.ranks.sum is not None:
                 failures, filled = self.ranks.sum(torch.tensor([float(failed), float(full)])).tolist()
@@ -213,7 +214,7 @@ class Engine:
                 self.turn_off(self._probe_failure or "The probe cannot be collected on another process.")
                 return False
             self._full_everywhere = full
-        return self._full_everywhere
+        return self.off is None and self._full_everywhere
 
     def _update(self, step: int, *, loss: float | None = None, reading: StabilityReading | None = None) -> Verdict:
         before = self.detector.verdict

@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from eos_monitor import StabilityProbe, StabilityReading, Verdict, measure_stability
-from eos_monitor.stability.engine import Engine, append_jsonl
+from eos_monitor.stability.engine import Engine, Ranks, append_jsonl
 
 
 class Net(nn.Module):
@@ -413,3 +414,18 @@ def test_arguments_are_checked_at_once(error: type[Exception], message: str, arg
     net = Net()
     with pytest.raises(error, match=message):
         StabilityProbe(net, SGD(net.parameters(), lr=0.1), loss_fn, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("failures", "full", "ready"),
+    [(0.0, 2.0, True), (0.0, 1.0, False), (1.0, 1.0, False)],
+    ids=["all-full", "one-still-collects", "one-failed"],
+)
+def test_processes_agree_on_being_ready(failures: float, full: float, ready: bool) -> None:
+    """This process is full; what the sum over two says decides, and a failure elsewhere switches measuring off here."""
+    engine = Engine(probe_samples=1)
+    engine.collect(torch.ones(1, 2))
+    engine.ranks = Ranks(2, lambda tensor: torch.tensor([failures, full]))
+    with pytest.warns(UserWarning, match="another process") if failures else nullcontext():
+        assert engine.ready() is ready
+    assert (engine.off is not None) is bool(failures)
