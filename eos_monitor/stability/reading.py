@@ -34,7 +34,10 @@ class StabilityReading:
         edge_lr: ``edge_scale`` times each group's learning rate: the full-batch edge, no advice.
         batch_sharpness: Sharpness along minibatch gradients, in units of curvature.
         batch_sharpness_error: Its standard error.
-        directional_ratio: Curvature along the update relative to the gradient's slope.
+        batch_sharpness_limits: Where it settles under SGD with momentum γ: 2(1 − γ)/η for small batches and 2(1 + γ)/η
+            for large ones.
+        directional_ratio: uᵀHu / (−2 gᵀu) along the update u: a state gauge, blind before an oscillation has built up.
+        edge_ratio_next: Edge ratio at the settings that the scheduler will have set for the next step.
         full_batch: Whether the probe is all the data that a step uses.
         samples: Number of samples in the probe.
         matvecs: Hessian-vector products of the solves; self-check and sampling error are not counted.
@@ -61,7 +64,9 @@ class StabilityReading:
     edge_lr: tuple[float, ...] | None = None
     batch_sharpness: float | None = None
     batch_sharpness_error: float | None = None
+    batch_sharpness_limits: tuple[float, float] | None = None
     directional_ratio: float | None = None
+    edge_ratio_next: float | None = None
     full_batch: bool = False
     samples: int = 0
     matvecs: int = 0

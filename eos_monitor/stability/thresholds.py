@@ -99,7 +99,12 @@ def register_critical_curvature(optimizer_class: _O) -> Callable[[Rule], Rule]:
     return register
 
 
-def critical_curvature(optimizers: Optimizer | Iterable[Optimizer], *, lr_scale: float = 1.0) -> CriticalCurvature:
+def critical_curvature(
+    optimizers: Optimizer | Iterable[Optimizer],
+    *,
+    lr_scale: float = 1.0,
+    settings: Sequence[Sequence[Group]] | None = None,
+) -> CriticalCurvature:
     """Read the critical curvature of every trained coordinate from one or several optimizers.
 
     An optimizer that is not registered has no threshold: nothing is guessed.
@@ -107,6 +112,8 @@ def critical_curvature(optimizers: Optimizer | Iterable[Optimizer], *, lr_scale:
     Args:
         optimizers: One optimizer or several, which then count as one operator.
         lr_scale: Factor on all learning rates at which to read it; the optimizers keep theirs.
+        settings: For each optimizer and each of its groups, what a scheduler will change (``lr``, ``momentum``,
+            ``betas`` …), to read the critical curvature ahead of time.
 
     Raises:
         ValueError: If there is no trainable parameter, a parameter is in two optimizers, or some groups minimize the
@@ -119,7 +126,8 @@ def critical_curvature(optimizers: Optimizer | Iterable[Optimizer], *, lr_scale:
         >>> curvature.c, round(curvature.threshold, 6)
         (tensor([38., 38.]), 3.8)
     """
-    entries = list(_entries([optimizers] if isinstance(optimizers, Optimizer) else list(optimizers), lr_scale))
+    several = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    entries = list(_entries(several, lr_scale, settings))
     if not entries:
         raise ValueError("Expected an optimizer with trainable parameters, got none.")
     limits = [entry.limit for entry in entries]
@@ -161,12 +169,14 @@ class _Entry(NamedTuple):
     maximize: bool
 
 
-def _entries(optimizers: Sequence[Optimizer], lr_scale: float) -> Iterable[_Entry]:
+def _entries(
+    optimizers: Sequence[Optimizer], lr_scale: float, ahead: Sequence[Sequence[Group]] | None
+) -> Iterable[_Entry]:
     seen: dict[int, str] = {}
     for o, optimizer in enumerate(optimizers):
         rule = _rule_of(optimizer)
         for g, group in enumerate(optimizer.param_groups):
-            settings = _plain(group)
+            settings = _plain(group) | (_plain(ahead[o][g]) if ahead is not None else {})
             if "lr" in settings:
                 settings["lr"] *= lr_scale
             for i, param in enumerate(group["params"]):
