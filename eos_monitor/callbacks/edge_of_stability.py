@@ -22,6 +22,7 @@ from eos_monitor.curvature.fingerprint import Fingerprint
 from eos_monitor.dashboard.report import run_report
 from eos_monitor.stability.detector import Verdict
 from eos_monitor.stability.engine import Engine, Ranks
+from eos_monitor.stability.gauge import Gauge
 from eos_monitor.stability.reading import Measurement, StabilityReading
 
 _LOSS_POINTS = 4000  # kept for the figure; thinned out beyond
@@ -121,18 +122,19 @@ class EdgeOfStabilityMonitor(Callback):
         self.name = name
         self._loss_fn, self._alerts, self._enabled, self._full_batch = loss_fn, tuple(alerts), enabled, full_batch
         self._verify, self._expose = verify, expose_metrics
-        self._settings: dict[str, Any] = {
-            "every_n_steps": every_n_steps,
-            "max_overhead": max_overhead,
-            "probe": probe,
-            "probe_samples": probe_samples,
+        shared: dict[str, Any] = {"batch_size_fn": batch_size_fn, "seed": seed}
+        self._gauge_settings = shared | {
             "k": k,
             "rtol": rtol,
             "max_matvecs": max_matvecs,
             "method": method,
             "raw_sharpness": raw_sharpness,
-            "batch_size_fn": batch_size_fn,
-            "seed": seed,
+        }
+        self._engine_settings = shared | {
+            "every_n_steps": every_n_steps,
+            "max_overhead": max_overhead,
+            "probe": probe,
+            "probe_samples": probe_samples,
         }
         self._watched: list[list[Any]] = []
         self._watched_before: list[list[Any]] | None = None
@@ -275,7 +277,7 @@ class EdgeOfStabilityMonitor(Callback):
     # ------------------------------------------------------------------ inside
 
     def _reset(self) -> None:
-        self._engine = Engine(**self._settings)
+        self._engine = Engine(Gauge(**self._gauge_settings), **self._engine_settings)
         self._verification = Verification(self._verify)
         self._used = self._active = self._batch_ended = self._introduced = self._ending = False
         self._pending = self._finished = None

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import traceback
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +16,13 @@ from torch.optim import Optimizer
 
 from eos_monitor.curvature.hessian import SumOverRanks
 from eos_monitor.curvature.sandbox import LossFn, Sandbox
+from eos_monitor.stability.attempts import Attempts
 from eos_monitor.stability.detector import InstabilityDetector, Verdict
 from eos_monitor.stability.gauge import Gauge
 from eos_monitor.stability.reading import Measurement, StabilityReading
 from eos_monitor.stability.samples import ProbeSamples
 from eos_monitor.stability.schedule import Schedule
 
-_GIVE_UP_AFTER = 3
 _WARM_UP_RETRY = 10
 
 
@@ -52,20 +50,25 @@ class Engine:
 
     A failure inside a reading never leaves :meth:`measure`: it is told in one warning, and after three in a row
     measuring is off.
+
+    Args:
+        gauge: What takes the readings.
+        every_n_steps: Steps between readings; None for as often as ``max_overhead`` allows.
+        max_overhead: Share of the training time that readings may take.
+        probe: See :class:`ProbeSamples`.
+        probe_samples: See :class:`ProbeSamples`.
+        batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.
+        seed: Seed of the schedule's jitter.
     """
 
     def __init__(
         self,
+        gauge: Gauge,
         *,
         every_n_steps: int | None = None,
         max_overhead: float = 0.05,
         probe: str | Iterable[Any] = "fixed",
         probe_samples: int = 256,
-        k: int | Literal["edge"] = 1,
-        rtol: float = 1e-2,
-        max_matvecs: int = 64,
-        method: str = "auto",
-        raw_sharpness: bool = False,
         batch_size_fn: Callable[[Any], int] | None = None,
         seed: int = 0,
     ) -> None:
@@ -76,21 +79,11 @@ class Engine:
         self.rows: list[dict[str, Any]] = []  # the readings as plain values, each with the verdict of its time
         self.verdicts: list[tuple[int, Verdict]] = []  # one entry a change
         self.run_id = uuid.uuid4().hex[:12]  # from the operating system, not from a generator of the run's
-        self.off: str | None = None  # why measuring stopped
-        self._gauge = Gauge(
-            k=k,
-            rtol=rtol,
-            max_matvecs=max_matvecs,
-            method=method,
-            raw_sharpness=raw_sharpness,
-            batch_size_fn=batch_size_fn,
-            seed=seed,
-        )
         self.ranks = Ranks()  # set before the first batch, and back after the last
+        self._gauge = gauge
         self._full_everywhere = False
         self._probe_failure: str | None = None
-        self._failures = 0
-        self._warned: set[str] = set()
+        self._attempts = Attempts("measuring")
 
     @property
     def verdict(self) -> Verdict:
@@ -149,29 +142,29 @@ class Engine:
                 sum_over_ranks=self.ranks.sum,
             )
 
-        try:
-            try:
-                measurement = attempt()
-            except torch.OutOfMemoryError:
-                # Smaller micro-batches need less for their graphs; with several processes they would have to agree.
-                if self.ranks.sum is not None or not self.samples.halve():
-                    raise
-                measurement = attempt()
-        except Exception as error:
-            self._failed(error)
+        def smaller() -> bool:
+            # Smaller micro-batches need less for their graphs; with several processes they would have to agree.
+            return self.ranks.sum is None and self.samples.halve()
+
+        measurement = self._attempts.run(attempt, smaller)
+        if measurement is None:
             return None
-        self._failures = 0
         if self._gauge.products_are_wrong:
             self.turn_off(self._gauge.check_note or "")
         elif not measurement.reading.ready:
             self.schedule.postpone(step, _WARM_UP_RETRY)
         return measurement
 
-    def take(self, reading: StabilityReading) -> Verdict:
-        """Keep a finished reading and return the verdict."""
+    def take(self, reading: StabilityReading, also_spent: float = 0.0) -> Verdict:
+        """Keep a finished reading and return the verdict.
+
+        Args:
+            reading: The reading.
+            also_spent: Seconds that were spent on the same occasion beside it.
+        """
         self.readings.append(reading)
         if reading.ready and self.off is None:
-            self.schedule.measured(reading.step, reading.seconds)
+            self.schedule.measured(reading.step, reading.seconds + also_spent)
             self.schedule.next_step = self.ranks.from_first(self.schedule.next_step)
         if reading.edge_ratio is not None and not reading.converged:
             self.warn_once(
@@ -192,16 +185,18 @@ class Engine:
         """Start the verdict afresh."""
         self.detector = InstabilityDetector()
 
+    @property
+    def off(self) -> str | None:
+        """Why measuring stopped; None while it goes on."""
+        return self._attempts.off
+
     def turn_off(self, why: str) -> None:
         """Stop measuring for the rest of the run."""
-        self.off = why
-        self.warn_once("off", f"eos_monitor stops measuring; training goes on. {why}")
+        self._attempts.turn_off(why)
 
     def warn_once(self, topic: str, message: str) -> None:
         """Warn, once a topic."""
-        if topic not in self._warned:
-            self._warned.add(topic)
-            warnings.warn(message, stacklevel=2)
+        self._attempts.warn_once(topic, message)
 
     def ready(self) -> bool:
         """Whether readings can be taken; the same on every process."""
@@ -222,14 +217,6 @@ class Engine:
         if verdict != before or not self.verdicts:
             self.verdicts.append((step, verdict))
         return verdict
-
-    def _failed(self, error: Exception) -> None:
-        self._failures += 1
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-        self.warn_once("failed", f"eos_monitor could not take a reading; training goes on. {what}")
-        if self._failures >= _GIVE_UP_AFTER:
-            self.turn_off(f"{_GIVE_UP_AFTER} readings in a row failed, the last with {what}")
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from eos_monitor.curvature.sandbox import LossFn
 from eos_monitor.stability.detector import Verdict
 from eos_monitor.stability.engine import Engine, append_jsonl
+from eos_monitor.stability.gauge import Gauge
 from eos_monitor.stability.reading import StabilityReading
 
 
@@ -75,13 +76,11 @@ class StabilityProbe:
         self._module, self._loss_fn, self._full_batch = module, loss_fn, full_batch
         self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._engine = Engine(
+            Gauge(k=k, rtol=rtol, raw_sharpness=raw_sharpness, batch_size_fn=batch_size_fn),
             every_n_steps=every_n_steps,
             max_overhead=max_overhead,
             probe=probe,
             probe_samples=probe_samples,
-            k=k,
-            rtol=rtol,
-            raw_sharpness=raw_sharpness,
             batch_size_fn=batch_size_fn,
         )
         self._step = 0

@@ -25,6 +25,7 @@ from eos_monitor.curvature import fingerprint as fingerprints
 from eos_monitor.curvature.digests import WordSum
 from eos_monitor.curvature.fingerprint import Fingerprint, fingerprint
 from eos_monitor.stability.engine import Engine, Ranks
+from eos_monitor.stability.gauge import Gauge
 from tests.callbacks.runs import CLASSES, FEATURES, NAMESPACES, mlp
 from tests.callbacks.runs import run as run_case
 from tests.callbacks.test_identity import CASES, fresh
@@ -350,7 +351,7 @@ def test_a_failing_look_is_told_and_harms_nothing(tmp_path: Path, monkeypatch: p
 
 def test_all_processes_stop_together() -> None:
     """One process finds nothing and hears of what another found."""
-    engine = Engine()
+    engine = Engine(Gauge())
     engine.ranks = Ranks(2, lambda flat: flat + 1.0)
     nothing = Fingerprint({}, (), [])
     with pytest.warns(UserWarning, match="another process"):

@@ -16,6 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from eos_monitor import StabilityProbe, StabilityReading, Verdict, measure_stability
 from eos_monitor.stability.engine import Engine, Ranks, append_jsonl
+from eos_monitor.stability.gauge import Gauge
 
 
 class Net(nn.Module):
@@ -368,7 +369,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
 def test_run_ids_differ_and_use_no_generator_of_the_run() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first, second = Engine(), Engine()
+    first, second = Engine(Gauge()), Engine(Gauge())
     assert first.run_id != second.run_id
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -391,7 +392,7 @@ def test_state_goes_through_json_and_the_run_goes_on() -> None:
 
 
 def test_changes_of_verdict_are_kept() -> None:
-    engine = Engine()
+    engine = Engine(Gauge())
     for step, loss in enumerate((1.0, math.nan, 1.0)):
         engine.take_loss(step, loss)
     assert engine.verdicts == [(0, Verdict.WARMING_UP), (1, Verdict.DIVERGING)]
@@ -423,7 +424,7 @@ def test_arguments_are_checked_at_once(error: type[Exception], message: str, arg
 )
 def test_processes_agree_on_being_ready(failures: float, full: float, ready: bool) -> None:
     """This process is full; what the sum over two says decides, and a failure elsewhere switches measuring off here."""
-    engine = Engine(probe_samples=1)
+    engine = Engine(Gauge(), probe_samples=1)
     engine.collect(torch.ones(1, 2))
     engine.ranks = Ranks(2, lambda tensor: torch.tensor([failures, full]))
     with pytest.warns(UserWarning, match="another process") if failures else nullcontext():
