@@ -6,7 +6,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 from eos_monitor.alerts import Sink, alert_of, check_alerts
 from eos_monitor.callbacks._compat import Callback
 from eos_monitor.callbacks.losses import resolve_loss
-from eos_monitor.callbacks.outputs import RunOutputs, describe_optimizers, describe_threshold, group_names
+from eos_monitor.callbacks.occasion import Occasion
+from eos_monitor.callbacks.outputs import (
+    RunOutputs,
+    describe_optimizers,
+    describe_threshold,
+    edge_metrics,
+    group_names,
+)
 from eos_monitor.callbacks.ranks import ranks_of, unsupported
 from eos_monitor.callbacks.trainer_sandbox import TrainerSandbox
 from eos_monitor.callbacks.verification import Verification, run_fingerprint
@@ -24,6 +32,9 @@ from eos_monitor.stability.detector import Verdict
 from eos_monitor.stability.engine import Engine, Ranks
 from eos_monitor.stability.gauge import Gauge
 from eos_monitor.stability.reading import Measurement, StabilityReading
+
+if TYPE_CHECKING:
+    from eos_monitor.callbacks.companion import Companion
 
 _LOSS_POINTS = 4000  # kept for the figure; thinned out beyond
 _SYNC_EVERY = 64  # losses on an accelerator are read in lots, one synchronization each
@@ -120,7 +131,8 @@ class EdgeOfStabilityMonitor(Callback):
             raise ValueError(f"Expected a `name` without '/', got {name!r}.")
         check_alerts(alerts)
         self.name = name
-        self._loss_fn, self._alerts, self._enabled, self._full_batch = loss_fn, tuple(alerts), enabled, full_batch
+        self.enabled = enabled
+        self._loss_fn, self._alerts, self._full_batch = loss_fn, tuple(alerts), full_batch
         self._verify, self._expose = verify, expose_metrics
         shared: dict[str, Any] = {"batch_size_fn": batch_size_fn, "seed": seed}
         self._gauge_settings = shared | {
@@ -136,6 +148,7 @@ class EdgeOfStabilityMonitor(Callback):
             "probe": probe,
             "probe_samples": probe_samples,
         }
+        self.companions: list[Companion] = []  # monitors that measure on the same occasions
         self._watched: list[list[Any]] = []
         self._watched_before: list[list[Any]] | None = None
         self._pending: Measurement | None = None
@@ -188,7 +201,7 @@ class EdgeOfStabilityMonitor(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the configuration, write the layout, and get lazy initialization out of the way."""
         self._used, self._active = True, False
-        if not self._enabled or os.environ.get("EOS_MONITOR", "").lower() == "off":
+        if not self.enabled or os.environ.get("EOS_MONITOR", "").lower() == "off":
             return
         why_not = unsupported(trainer)
         if why_not:
@@ -198,8 +211,10 @@ class EdgeOfStabilityMonitor(Callback):
             self._engine.ranks = ranks_of(trainer)
             self._engine.samples.share(trainer.world_size)
         self._loss, self._loss_source = resolve_loss(self._loss_fn, pl_module)
-        self._outputs = RunOutputs(trainer, self.name, self._alerts, self._engine.warn_once)
+        self._outputs = self._open_outputs(trainer)
         self._outputs.layout()
+        for companion in self.companions:
+            companion.begin_with(trainer)
         self._active = True
         with self._engine.schedule.own_time(startup=True):
             _first_double_backward(pl_module.device)
@@ -241,6 +256,8 @@ class EdgeOfStabilityMonitor(Callback):
         if self._active and self._pending is not None and self._finished is None:
             with self._engine.schedule.own_time():
                 self._finished = self._pending.at(trainer.optimizers)
+                for companion in self.companions:
+                    companion.guard(partial(companion.settle, trainer.optimizers))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the reading of this step, and take in its loss."""
@@ -281,6 +298,7 @@ class EdgeOfStabilityMonitor(Callback):
         self._verification = Verification(self._verify)
         self._used = self._active = self._batch_ended = self._introduced = self._ending = False
         self._pending = self._finished = None
+        self._companions_seconds = 0.0
         self._watched = []
         self._unread_losses: list[tuple[int, Tensor, float]] = []
         self._losses: list[tuple[int, float]] = []
@@ -296,7 +314,7 @@ class EdgeOfStabilityMonitor(Callback):
 
     def _measure(self, trainer: Any, pl_module: Any, batch: Any, step: int) -> Measurement | None:
         def measure() -> Measurement | None:
-            return self._engine.measure(
+            measurement = self._engine.measure(
                 pl_module,
                 self._loss,
                 trainer.optimizers,
@@ -305,11 +323,35 @@ class EdgeOfStabilityMonitor(Callback):
                 full_batch=self._is_full_batch(trainer),
                 sandbox=TrainerSandbox(trainer, pl_module),
             )
+            self._companions_measure(trainer, pl_module, batch, step, measurement)
+            return measurement
 
         def look() -> Fingerprint:
             return run_fingerprint(trainer, pl_module, leave_out=self)
 
         return self._verification.around(look, self._engine, self._outputs.say, measure)
+
+    def _companions_measure(
+        self, trainer: Any, pl_module: Any, batch: Any, step: int, measurement: Measurement | None
+    ) -> None:
+        began = time.perf_counter()
+        for companion in self.companions:
+            companion.take_part(
+                Occasion(
+                    trainer=trainer,
+                    pl_module=pl_module,
+                    loss_fn=self._loss,
+                    batches=self._engine.samples.on(pl_module.device, batch),
+                    step=step,
+                    measurement=measurement,
+                    modes=self._engine.eigenvectors,
+                )
+            )
+        # Around every reading the time is that of the whole occasion already.
+        self._companions_seconds = 0.0 if self._verify == "always" else time.perf_counter() - began
+
+    def _open_outputs(self, trainer: Any) -> RunOutputs:
+        return RunOutputs(trainer, self.name, self._alerts, self._engine.warn_once)
 
     def _is_full_batch(self, trainer: Any) -> bool:
         if self._full_batch is not None:
@@ -330,9 +372,11 @@ class EdgeOfStabilityMonitor(Callback):
     def _write(self, trainer: Any, reading: StabilityReading) -> None:
         self._pending = self._finished = None
         before = self._engine.verdict
-        verdict = self._engine.take(reading)
+        verdict = self._engine.take(reading, self._companions_seconds)
         self._introduce(reading)
-        metrics = self._outputs.row(self._engine.rows[-1], int(verdict), group_names(trainer.optimizers))
+        row = self._engine.rows[-1]
+        metrics = edge_metrics(self.name, row, int(verdict), group_names(trainer.optimizers))
+        self._outputs.row(row, metrics)
         if self._expose and not self._ending:  # no logging is possible once training has ended
             for key, value in metrics.items():
                 # No logger: the row is written already.
@@ -346,6 +390,8 @@ class EdgeOfStabilityMonitor(Callback):
                     batch_size=1,
                 )
         self._announce(reading.step, before, reading, None)
+        for companion in self.companions:
+            companion.guard(partial(companion.write, reading.step, verdict))
 
     def _introduce(self, reading: StabilityReading) -> None:
         if self._introduced or not reading.ready:
@@ -395,6 +441,8 @@ class EdgeOfStabilityMonitor(Callback):
         engine = self._engine
         self._active, engine.ranks = False, Ranks()
         engine.schedule.end()
+        for companion in self.companions:
+            companion.guard(partial(companion.finish, step))
         if not engine.rows:
             return
         # Between readings too: a verdict may have come from a loss alone.

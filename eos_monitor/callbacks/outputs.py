@@ -33,6 +33,7 @@ class RunOutputs:
         name: First part of the log keys.
         alerts: Names of sinks, or functions of an alert.
         warn_once: ``warn_once(topic, message)``.
+        silent: Write nothing.
     """
 
     def __init__(
@@ -41,17 +42,25 @@ class RunOutputs:
         name: str,
         alerts: Sequence[str | Sink],
         warn_once: Callable[[str, str], None],
+        *,
+        silent: bool = False,
     ) -> None:
         self._trainer, self._name, self._warn_once = trainer, name, warn_once
+        self._silent = silent
+        self._speaks = trainer.is_global_zero and not silent
         self._log = lightning_logger(trainer)
         self._sinks = sinks_of(alerts, self._log)
         # All ranks have to ask: log_dir broadcasts.
         folder = trainer.log_dir or trainer.default_root_dir
-        self.folder = None if trainer.fast_dev_run or not trainer.is_global_zero else Path(folder)
+        self.folder = None if trainer.fast_dev_run or not self._speaks else Path(folder)
+
+    @property
+    def _loggers(self) -> list[Any]:
+        return [] if self._silent else self._trainer.loggers
 
     def say(self, message: str) -> None:
         """Log one line where Lightning logs its own."""
-        if self._trainer.is_global_zero:
+        if self._speaks:
             self._log.info("eos_monitor: %s", message)
 
     def layout(self) -> None:
@@ -59,28 +68,22 @@ class RunOutputs:
         for writer in self._experiments("add_custom_scalars"):
             self._guard("layout", writer.add_custom_scalars, custom_scalars_layout(self._name))
 
-    def row(self, row: Mapping[str, Any], verdict: int, group_names: Sequence[str]) -> dict[str, float]:
-        """Write one reading to every logger, under its step, and to the file; return what loggers got."""
-        metrics: dict[str, float] = {f"{self._name}/{key}": row[key] for key in _SCALARS if row.get(key) is not None}
-        metrics[f"{self._name}/verdict"] = verdict
-        rates = row["edge_lr"] or ()
-        for name, rate in zip(group_names, rates, strict=False):
-            metrics[f"{self._name}/edge_lr" + (f"/{name}" if len(rates) > 1 else "")] = rate
-        for logger in self._trainer.loggers:
-            self._guard("logger", logger.log_metrics, metrics, row["step"])
+    def row(self, row: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Write the metrics of one reading to every logger, under its step, and its row to the file."""
+        for logger in self._loggers:
+            self._guard("logger", logger.log_metrics, dict(metrics), row["step"])
         self._guard("file", self._to_file, dict(row))
-        return metrics
 
     def alert(self, alert: Alert) -> None:
         """Pass an alert to the sinks and to every logger that takes text."""
-        if not self._trainer.is_global_zero:
+        if not self._speaks:
             return
         for sink in self._sinks:
             self._guard("sink", sink, alert)
         key = f"{self._name}/alerts"
         for writer in self._experiments("add_text"):
             self._guard("text", writer.add_text, key, alert.message, alert.step)
-        for logger in self._trainer.loggers:
+        for logger in self._loggers:
             if callable(getattr(type(logger), "log_text", None)):  # WandbLogger
                 self._guard("text", logger.log_text, key, ["step", "message"], [[alert.step, alert.message]])
 
@@ -114,9 +117,9 @@ class RunOutputs:
 
     def _experiments(self, method: str) -> list[Any]:
         """Experiments of the loggers that have ``method``; by name, because there are two packages."""
-        if not self._trainer.is_global_zero or self._trainer.fast_dev_run:
+        if not self._speaks or self._trainer.fast_dev_run:
             return []
-        found = [getattr(logger, "experiment", None) for logger in self._trainer.loggers]
+        found = [getattr(logger, "experiment", None) for logger in self._loggers]
         return [experiment for experiment in found if callable(getattr(experiment, method, None))]
 
     def _guard(self, topic: str, action: Callable[..., Any], *args: Any) -> None:
@@ -124,6 +127,16 @@ class RunOutputs:
             action(*args)
         except Exception as error:
             self._warn_once(topic, f"eos_monitor: an output ({topic}) failed; training goes on. {error!r}")
+
+
+def edge_metrics(name: str, row: Mapping[str, Any], verdict: int, group_names: Sequence[str]) -> dict[str, float]:
+    """Return what loggers get of one reading."""
+    metrics: dict[str, float] = {f"{name}/{key}": row[key] for key in _SCALARS if row.get(key) is not None}
+    metrics[f"{name}/verdict"] = verdict
+    rates = row["edge_lr"] or ()
+    for group, rate in zip(group_names, rates, strict=False):
+        metrics[f"{name}/edge_lr" + (f"/{group}" if len(rates) > 1 else "")] = rate
+    return metrics
 
 
 def lightning_logger(trainer: Any) -> logging.Logger:

@@ -1,0 +1,140 @@
+"""Monitors that measure on the occasions of an EdgeOfStabilityMonitor, inside its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from eos_monitor.callbacks._compat import Callback
+from eos_monitor.callbacks.edge_of_stability import EdgeOfStabilityMonitor
+from eos_monitor.callbacks.occasion import Occasion
+from eos_monitor.callbacks.outputs import RunOutputs
+from eos_monitor.stability.attempts import Attempts
+from eos_monitor.stability.detector import Verdict
+
+
+class Companion(Callback):
+    """Base of the monitors that go along with an EdgeOfStabilityMonitor: one probe, one schedule, one budget.
+
+    Without an enabled one among the Trainer's callbacks, the companion brings one that writes nothing.
+
+    Args:
+        name: First part of the log keys and file names.
+        enabled: Switch; the environment variable ``EOS_MONITOR=off`` switches every monitor off.
+        settings: Of the host that is brought along; not used where one is attached.
+    """
+
+    def __init__(self, *, name: str, enabled: bool, settings: dict[str, Any]) -> None:
+        super().__init__()
+        if not name or "/" in name:
+            raise ValueError(f"Expected a `name` without '/', got {name!r}.")
+        self.name = name
+        self._enabled = enabled
+        self._own_host = _SilentMonitor(**settings, enabled=enabled, alerts=())
+        self._own_host.companions.append(self)
+        self._host: EdgeOfStabilityMonitor | None = None
+        self._attempts = Attempts(f"what {type(self).__name__} measures")
+
+    # ------------------------------------------------------------------ what a companion does
+
+    def begin(self, trainer: Any, outputs: RunOutputs) -> None:
+        """Start afresh for a new fit."""
+
+    def measure(self, occasion: Occasion) -> None:
+        """Measure; called once a reading, inside the host's verification. A failure is told once."""
+        raise NotImplementedError
+
+    def settle(self, optimizers: Sequence[Any]) -> None:
+        """Take in the settings that the step uses."""
+
+    def write(self, step: int, verdict: Verdict) -> None:
+        """Write what was measured at ``step``."""
+
+    def finish(self, step: int) -> None:
+        """Draw what is drawn at the end."""
+
+    # ------------------------------------------------------------------ called by the host
+
+    def begin_with(self, trainer: Any) -> None:
+        """Start afresh: no failure so far."""
+        self._attempts = Attempts(f"what {type(self).__name__} measures")
+        self.begin(trainer, RunOutputs(trainer, self.name, (), self._attempts.warn_once))
+
+    def take_part(self, occasion: Occasion) -> None:
+        """Measure, unless that was given up."""
+        if self._attempts.off is None:
+            self.guard(lambda: self.measure(occasion))
+
+    def guard(self, action: Callable[[], None]) -> None:
+        """Do something; a failure is told once and stays here."""
+        self._attempts.run(action)
+
+    # ------------------------------------------------------------------ Lightning
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find the host, or bring it."""
+        if stage != "fit" or not self._enabled:
+            return
+        attached = [c for c in trainer.callbacks if isinstance(c, EdgeOfStabilityMonitor) and c.enabled]
+        if attached:
+            self._host = None
+            if self not in attached[0].companions:
+                attached[0].companions.append(self)
+        else:
+            self._host = self._own_host
+            self._host.setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Pass on to the host that was brought along."""
+        if self._host is not None:
+            self._host.on_fit_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Pass on to the host that was brought along."""
+        if self._host is not None:
+            self._host.on_train_start(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Pass on to the host that was brought along."""
+        if self._host is not None:
+            self._host.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Pass on to the host that was brought along."""
+        if self._host is not None:
+            self._host.on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Pass on to the host that was brought along."""
+        if self._host is not None:
+            self._host.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Pass on to the host that was brought along."""
+        if self._host is not None:
+            self._host.on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Pass on to the host that was brought along."""
+        if self._host is not None:
+            self._host.on_exception(trainer, pl_module, exception)
+
+    @property
+    def state_key(self) -> str:
+        """Key of this monitor's state in a checkpoint."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain Python values."""
+        return {"host": self._own_host.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._own_host.load_state_dict(state_dict["host"])
+
+
+class _SilentMonitor(EdgeOfStabilityMonitor):
+    """Measures for its companions and says nothing itself."""
+
+    def _open_outputs(self, trainer: Any) -> RunOutputs:
+        return RunOutputs(trainer, self.name, (), self._engine.warn_once, silent=True)

@@ -1,0 +1,39 @@
+"""What companions of a monitor find when it takes a reading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from eos_monitor.callbacks.trainer_sandbox import TrainerSandbox
+from eos_monitor.curvature.sandbox import LossFn
+from eos_monitor.stability.reading import Measurement
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """What there is to measure on.
+
+    Attributes:
+        trainer: The Trainer.
+        pl_module: Its module.
+        loss_fn: The loss that the host measures.
+        batches: The host's probe, on the module's device.
+        step: Optimizer step that the occasion precedes.
+        measurement: The host's reading; None if it failed.
+        modes: Critical modes of it, ``(n, k)``.
+    """
+
+    trainer: Any
+    pl_module: Any
+    loss_fn: LossFn
+    batches: list[Any]
+    step: int
+    measurement: Measurement | None
+    modes: Tensor | None
+
+    def sandbox(self) -> TrainerSandbox:
+        """Return a sandbox for the module."""
+        return TrainerSandbox(self.trainer, self.pl_module)
