@@ -1,0 +1,121 @@
+"""How the parameters move from step to step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Fits a processor's cache: the passes over a chunk cost little beside its copy.
+_CHUNK = 1 << 17
+_SAMPLED = 256  # of each chunk in the random projection
+
+
+class Movement(NamedTuple):
+    """One update Δθ in three numbers.
+
+    Attributes:
+        relative_update: ‖Δθ‖ / ‖θ‖.
+        projection: ⟨w, Δθ⟩ for the vector aimed at; None without one.
+        random_projection: ⟨z, Δθ⟩ for a fixed random z.
+    """
+
+    relative_update: float
+    projection: float | None
+    random_projection: float
+
+
+class Motion:
+    """Measures each update at the price of one copy of the parameters and six passes over them.
+
+    z has up to 256 Gaussian entries in each part of 2¹⁷ coordinates and is zero elsewhere: it is there to notice a
+    rhythm, which a direction through all parts does.
+
+    Args:
+        params: Parameters, in the order of all vectors.
+        seed: Seed of z.
+    """
+
+    def __init__(self, params: Sequence[Tensor], seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._chunks = [_Chunk(views, generator) for views in _chunked(params)]
+        self._noted = False
+
+    def aim(self, w: Tensor | None) -> None:
+        """Project on ``w``, ``(n,)``, from now on."""
+        sizes = [chunk.size for chunk in self._chunks]
+        parts: Sequence[Tensor | None] = [None] * len(sizes) if w is None else torch.split(w.detach(), sizes)
+        for chunk, part in zip(self._chunks, parts, strict=True):
+            chunk.w = part
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Note where the parameters are, before an update."""
+        for chunk in self._chunks:
+            chunk.note()
+        self._noted = True
+
+    @torch.no_grad()
+    def after(self) -> Tensor | None:
+        """Return ``(‖Δθ‖², ‖θ‖², ⟨w, Δθ⟩ or NaN, ⟨z, Δθ⟩)`` on the parameters' device, after the update.
+
+        On the device, because reading a number from an accelerator waits for it; :func:`movement` reads them. None if
+        the place before was not noted.
+        """
+        if not self._noted:
+            return None
+        self._noted = False
+        return torch.stack([chunk.moved() for chunk in self._chunks]).sum(0)
+
+
+class _Chunk:
+    """Some parameters side by side, so that few operations serve many small ones."""
+
+    def __init__(self, views: list[Tensor], generator: torch.Generator) -> None:
+        self._views = views
+        self.size = sum(view.numel() for view in views)
+        self.w: Tensor | None = None
+        device, self._dtype = views[0].device, torch.promote_types(views[0].dtype, torch.float32)
+        count = min(self.size, _SAMPLED)
+        picked = torch.randperm(self.size, generator=generator)[:count]
+        self._picked, self._z = picked.to(device), torch.randn(count, generator=generator).to(device, self._dtype)
+        self._before: Tensor | None = None
+
+    def note(self) -> None:
+        if self._before is None:
+            self._before = torch.empty(self.size, dtype=self._views[0].dtype, device=self._views[0].device)
+        torch.cat(self._views, out=self._before)
+
+    def moved(self) -> Tensor:
+        assert self._before is not None
+        now = self._views[0] if len(self._views) == 1 else torch.cat(self._views)
+        update = now.to(self._dtype) - self._before
+        now = now.to(self._dtype)
+        along = torch.dot(update, self.w.to(self._dtype)) if self.w is not None else update.new_tensor(torch.nan)
+        at_random = torch.dot(update[self._picked], self._z)
+        return torch.stack([torch.dot(update, update), torch.dot(now, now), along, at_random]).double()
+
+
+def _chunked(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut parameters into pieces and join small ones, in order, at most ``_CHUNK`` coordinates each."""
+    chunk: list[Tensor] = []
+    for p in params:
+        for piece in torch.split(p.detach().view(-1), _CHUNK):
+            kind = (piece.dtype, piece.device)
+            room = _CHUNK - sum(other.numel() for other in chunk)
+            if chunk and (piece.numel() > room or kind != (chunk[0].dtype, chunk[0].device)):
+                yield chunk
+                chunk = []
+            chunk.append(piece)
+    if chunk:
+        yield chunk
+
+
+def movement(values: Sequence[float]) -> Movement:
+    """Return the numbers of :meth:`Motion.after`, read from the device, as what they mean."""
+    update2, size2, along, at_random = values
+    relative = math.sqrt(update2 / size2) if size2 > 0.0 else math.sqrt(update2)
+    return Movement(relative, None if math.isnan(along) else along, at_random)

@@ -1,0 +1,80 @@
+"""Updates in numbers, against NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from eos_monitor.stability.motion import Motion, movement
+
+
+def params_of(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    g = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(shape, generator=g).to(dtype)) for shape in shapes]
+
+
+def moved(params: list[nn.Parameter], scale: float, seed: int) -> np.ndarray:
+    """Move the parameters in place and return by how much, flat."""
+    g = torch.Generator().manual_seed(seed)
+    old = np.concatenate([p.detach().double().numpy().reshape(-1) for p in params])
+    with torch.no_grad():
+        for p in params:
+            p.add_((scale * torch.randn(p.shape, generator=g)).to(p.dtype))
+    return np.concatenate([p.detach().double().numpy().reshape(-1) for p in params]) - old
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-6), (torch.bfloat16, 1e-2)], ids=str
+)
+def test_norm_and_projection(dtype: torch.dtype, rtol: float) -> None:
+    """bfloat16 updates are themselves rounded when they are stored."""
+    params = params_of((7, 3), (5,), dtype=dtype)
+    motion = Motion(params)
+    w = torch.randn(26, generator=torch.Generator().manual_seed(3))
+    motion.aim(w)
+    motion.before()
+    update = moved(params, 0.5, seed=2)
+    found = movement(motion.after().tolist())
+    theta = np.concatenate([p.detach().double().numpy().reshape(-1) for p in params])
+    assert found.relative_update == pytest.approx(np.linalg.norm(update) / np.linalg.norm(theta), rel=rtol)
+    assert found.projection == pytest.approx(float(update @ w.double().numpy()), rel=rtol, abs=10 * rtol)
+
+
+def test_random_projection_is_linear_fixed_and_touches_every_parameter() -> None:
+    params = params_of((3000,), (2, 2))
+    motion, again = Motion(params, seed=5), Motion(params, seed=5)
+    values = []
+    for index in (0, 1):
+        motion.before()
+        again.before()
+        with torch.no_grad():
+            params[index].add_(1.0)
+        values.append(movement(motion.after().tolist()).random_projection)
+        assert movement(again.after().tolist()).random_projection == values[-1]
+    motion.before()
+    with torch.no_grad():
+        params[0].sub_(2.0)
+        params[1].add_(1.0)
+    both = movement(motion.after().tolist()).random_projection
+    assert min(abs(value) for value in values) > 1e-3
+    assert both == pytest.approx(-2 * values[0] + values[1], rel=1e-4)
+
+
+def test_without_an_aim_or_a_start_there_is_nothing() -> None:
+    params = params_of((4,))
+    motion = Motion(params)
+    assert motion.after() is None
+    motion.before()
+    moved(params, 0.1, 0)
+    assert movement(motion.after().tolist()).projection is None
+    assert motion.after() is None
+
+
+def test_parameters_are_only_read() -> None:
+    params = params_of((4,), (2, 2))
+    motion = Motion(params)
+    values, versions = [p.detach().clone() for p in params], [p._version for p in params]
+    motion.before()
+    motion.after()
+    assert [p._version for p in params] == versions
+    assert all(torch.equal(p, value) for p, value in zip(params, values, strict=True))
