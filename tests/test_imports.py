@@ -16,16 +16,17 @@ ROOM_FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "curvature": set(),
     "stability": {"curvature"},
+    "perturbation": {"curvature", "stability"},
     "alerts": {"stability"},
     "dashboard": set(),
-    "callbacks": {"curvature", "stability", "alerts", "dashboard"},
-    "lab": {"curvature", "stability", "alerts", "dashboard", "callbacks", ""},
+    "callbacks": {"curvature", "stability", "perturbation", "alerts", "dashboard"},
+    "lab": {"curvature", "stability", "perturbation", "alerts", "dashboard", "callbacks", ""},
     "cli": {"lab", ""},
     "": set(),
 }
 # outside package -> rooms that may import it
 OUTSIDE = {
-    "torch": {"curvature", "stability", "callbacks", "lab"},
+    "torch": {"curvature", "stability", "perturbation", "callbacks", "lab"},
     "lightning": {"callbacks", "lab"},
     "pytorch_lightning": {"callbacks", "lab"},
     "lightning_fabric": {"callbacks", "lab"},
