@@ -26,12 +26,17 @@ class GradientGraph:
                 "Expected a loss that depends on the parameters, got one that uses none of them. Was it computed "
                 "under no_grad, detached, or from another module?"
             )
+        self._gradients = gradients
         # A gradient without a graph is constant: that block of H is zero.
         self._curved = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
 
     def outdated(self, params: list[Tensor]) -> bool:
         """Whether the parameters were written to since."""
         return [p._version for p in params] != self._versions
+
+    def gradient(self) -> Tensor:
+        """Return the gradient, flat."""
+        return flatten(self._gradients, self._params, self._dtype, self._device)
 
     def product(self, parts: list[Tensor], *, keep: bool) -> Tensor:
         """Return the Hessian times ``parts``, flat; ``keep`` the graph for another one."""

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from eos_monitor.curvature.batches import batch_size, split_batch
 from eos_monitor.curvature.gradient_graph import GradientGraph, flatten
-from eos_monitor.curvature.sandbox import LossFn, Sandbox, preserve_rng
+from eos_monitor.curvature.precision import Widened
+from eos_monitor.curvature.sandbox import LossFn, Sandbox, check_loss, preserve_rng
 
 METHODS = ("auto", "double-backward", "fd")
 SumOverRanks = Callable[[Tensor], Tensor]
@@ -196,29 +196,37 @@ class HessianOperator:
             self.loss = sum(n * loss for n, loss in zip(self._samples, losses, strict=True)) / self.samples
         return mean
 
-    def evaluate(self) -> float:
-        """Return the mean loss over the batches."""
-        points = [p.detach() for p in self._params]
+    def evaluate(self, shift: Tensor | None = None, *, finite: bool = True) -> float:
+        """Return the mean loss over the batches, at the parameters plus ``shift``.
+
+        Args:
+            shift: Displacement of the parameters, ``(n,)``.
+            finite: Whether a loss that is not finite is an error.
+        """
+        points = self._points(shift)
 
         def loss(i: int) -> Tensor:
             with torch.no_grad():  # here, because the sandbox turns recording on
-                return self._evaluate(self._batches[i], points, i).reshape(1)
+                return self._evaluate(self._batches[i], points, i, finite=finite).reshape(1)
 
-        return float(self._mean(loss, 1, self.dtype))
+        return float(self._mean(loss, 1, torch.float64))
 
-    def gradient(self, shift: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+    def gradient(
+        self, shift: Tensor | None = None, *, dtype: torch.dtype | None = None, keep_graph: bool = False
+    ) -> Tensor:
         """Return the gradient of the mean loss, ``(n,)``, at the parameters plus ``shift``.
 
         Args:
             shift: Displacement of the parameters, ``(n,)``.
             dtype: Evaluate in this precision instead of the module's own.
+            keep_graph: Record the graph of a single batch for the products to come (at no displacement).
         """
-        points = [p.detach() if dtype is None else p.detach().to(dtype) for p in self._params]
-        if shift is not None:
-            points = [p + part for p, part in zip(points, self._split(shift, dtype), strict=True)]
-        points = [p.requires_grad_() for p in points]
+        points = [p.requires_grad_() for p in self._points(shift, dtype)]
 
         def gradient(i: int) -> Tensor:
+            if keep_graph and len(self._batches) == 1 and self.method == "double-backward":
+                self._graph = self._record(self._batches[i], i)
+                return self._graph.gradient()
             gradients = torch.autograd.grad(
                 self._evaluate(self._batches[i], points, i, dtype), points, allow_unused=True
             )
@@ -346,11 +354,25 @@ class HessianOperator:
             stack.enter_context(self._sandbox)
         return stack
 
-    def _evaluate(self, batch: Any, points: list[Tensor], stream: int, dtype: torch.dtype | None = None) -> Tensor:
+    def _points(self, shift: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor]:
+        points = [p.detach() if dtype is None else p.detach().to(dtype) for p in self._params]
+        if shift is None:
+            return points
+        return [p + part for p, part in zip(points, self._split(shift, dtype), strict=True)]
+
+    def _evaluate(
+        self,
+        batch: Any,
+        points: list[Tensor],
+        stream: int,
+        dtype: torch.dtype | None = None,
+        *,
+        finite: bool = True,
+    ) -> Tensor:
         parameters = dict(zip(self._params, points, strict=True))
-        with _Widened() if dtype == torch.float64 else nullcontext():
+        with Widened() if dtype == torch.float64 else nullcontext():
             loss = self._sandbox.evaluate(self._loss_fn, batch, parameters, stream=stream, dtype=dtype)
-        return _check_loss(loss)
+        return check_loss(loss, finite=finite)
 
     def _record(self, batch: Any, stream: int) -> GradientGraph:
         aliases = [p.detach().requires_grad_() for p in self._params]
@@ -364,40 +386,12 @@ class HessianOperator:
         ]
 
 
-class _Widened(TorchFunctionMode):
-    """Makes every conversion to a shorter floating-point type one to double precision.
-
-    A ``logits.float()`` in the loss would round away the small steps of the self-check.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
-            func = Tensor.double
-        return func(*map(_widen, args), **{key: _widen(value) for key, value in (kwargs or {}).items()})
-
-
-def _widen(argument: Any) -> Any:
-    short = isinstance(argument, torch.dtype) and argument.is_floating_point
-    return torch.float64 if short else argument
-
-
 def _check_parameters(params: list[Tensor]) -> None:
     if not params:
         raise ValueError("Expected at least one trainable parameter, got none.")
     for p in params:
         if not p.is_floating_point():
             raise TypeError(f"Expected real floating-point parameters, got {p.dtype}.")
-
-
-def _check_loss(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise RuntimeError(f"Expected the loss to be a scalar tensor, got {got}.")
-    if not bool(torch.isfinite(loss.detach())):
-        raise RuntimeError(f"Expected a finite loss, got {float(loss.detach())}.")
-    if torch.is_grad_enabled() and not loss.requires_grad:
-        raise RuntimeError("Expected a loss that depends on the parameters, got a constant.")
-    return loss.reshape(())
 
 
 def _relative_distance(a: Tensor, b: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,12 +41,15 @@ def trained_parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     return [p for o in optimizers for group in o.param_groups for p in group["params"] if p.requires_grad]
 
 
-def proposed_update(optimizers: Sequence[Optimizer], gradient: Tensor) -> Tensor:
+def proposed_update(
+    optimizers: Sequence[Optimizer], gradient: Tensor, *, settings: Mapping[str, Any] | None = None
+) -> Tensor:
     """Return the update that a step of ``optimizers`` would make at a given gradient, ``(n,)``, without making it.
 
     Args:
         optimizers: Optimizers, one step of each.
         gradient: Gradient in ``param_groups`` order, ``(n,)``.
+        settings: What to change in every group (``weight_decay`` ...) for this step.
     """
     params = trained_parameters(optimizers)
     stand_ins = {p: p.detach().clone().requires_grad_() for p in params}
@@ -56,5 +59,8 @@ def proposed_update(optimizers: Sequence[Optimizer], gradient: Tensor) -> Tensor
         stand_in.grad = part.view(live.shape).to(live.dtype)
     with preserve_rng(), torch.inference_mode(False), torch.enable_grad():  # some optimizers draw noise
         for optimizer in optimizers:
-            twin_optimizer(optimizer, stand_ins).step()
+            twin = twin_optimizer(optimizer, stand_ins)
+            for group in twin.param_groups:
+                group.update(settings or {})
+            twin.step()
     return torch.cat([(stand_in.detach() - live.detach()).reshape(-1) for live, stand_in in stand_ins.items()])
