@@ -1,0 +1,800 @@
+"""The optimizers on a smoothed loss: contract, reductions to SGD, formulas, noise, edges."""
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from eos_monitor import critical_curvature
+from eos_monitor.optim import (
+    BurgersSGD,
+    ElasticSGD,
+    EntropySGD,
+    HamiltonJacobi,
+    HeatSmoothing,
+    recompute_batch_norm,
+)
+from tests.optim.relaxed import Step, make_net, same, stream, weights
+
+
+def seeded(seed: int = 5) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# name -> class, settings (`generator` is made anew), closure calls in a step
+CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "entropy": (EntropySGD, {"evaluations": 4}, 4),
+    "entropy-noise-momentum": (
+        EntropySGD,
+        {"evaluations": 3, "temperature": 1e-4, "inner_momentum": 0.5, "weight_decay": 1e-2, "generator": seeded},
+        3,
+    ),
+    "hamilton-jacobi": (HamiltonJacobi, {}, 5),
+    "hamilton-jacobi-momentum": (
+        HamiltonJacobi,
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2},
+        5,
+    ),
+    "heat": (HeatSmoothing, {"generator": seeded}, 5),
+    "heat-momentum": (HeatSmoothing, {"lr": 0.1, "momentum": 0.9, "gamma": 1e-3, "generator": seeded}, 5),
+    "burgers": (BurgersSGD, {"evaluations": 3}, 3),
+    "burgers-noise-momentum": (
+        BurgersSGD,
+        {"evaluations": 2, "viscosity": 1e-4, "inner_momentum": 0.5, "scoping": 1e-2, "generator": seeded},
+        2,
+    ),
+    "elastic": (ElasticSGD, {"workers": 3, "evaluations": 2}, 6),
+    "elastic-momentum": (ElasticSGD, {"workers": 2, "momentum": 0.9, "moving_rate": 0.5, "weight_decay": 1e-2}, 2),
+}
+every = pytest.mark.parametrize("name", CASES)
+
+
+def build(name: str, params: Any, **changes: Any) -> Any:
+    cls, settings, _ = CASES[name]
+    settings = {key: value() if callable(value) else value for key, value in settings.items()}
+    return cls(params, **{**settings, **changes})
+
+
+def run(name: str, **changes: Any) -> Step:
+    net = make_net()
+    return Step(net, build(name, net.parameters(), **changes), stream())
+
+
+# ---- contract
+
+
+@every
+def test_closure_is_called_the_stated_number_of_times(name: str) -> None:
+    step = run(name)
+    numbers = []
+    step.before = lambda: numbers.append(step.optimizer.evaluation)
+    step(2)
+    assert step.optimizer.closure_calls == CASES[name][2]
+    assert numbers == 2 * list(range(CASES[name][2]))
+    assert step.optimizer.evaluation is None
+
+
+@every
+def test_no_learning_rate_no_step(name: str) -> None:
+    step = run(name, lr=0.0)
+    before = weights(step.net)
+    step(2)
+    assert same(weights(step.net), before)
+
+
+@every
+def test_quadratic_decreases(name: str) -> None:
+    x = nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+    scale = torch.tensor([0.1, 1.0, 2.0], dtype=torch.float64)
+    optimizer = build(name, [x])
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = 0.5 * (scale * x * x).sum()
+        loss.backward()
+        return loss
+
+    start = closure().item()
+    for _ in range(60):
+        optimizer.step(closure)
+    assert closure().item() < 0.1 * start
+
+
+@every
+def test_step_returns_the_first_loss(name: str) -> None:
+    step = run(name)
+    losses: list[Tensor] = []
+    closure = step.closure
+    step.closure = lambda: (losses.append(closure()), losses[-1])[1]  # type: ignore[method-assign]
+    assert torch.equal(step(), losses[0])
+
+
+@every
+def test_run_continues_bit_for_bit_from_a_state_dict(name: str) -> None:
+    straight = run(name)
+    straight(6)
+    first = run(name)
+    first(3)
+    file = io.BytesIO()
+    torch.save([first.net.state_dict(), first.optimizer.state_dict()], file)
+    file.seek(0)
+    net_state, optimizer_state = torch.load(file, weights_only=True)
+    second = run(name)
+    second.net.load_state_dict(net_state)
+    if second.optimizer.generator is not None:
+        second.optimizer.generator.manual_seed(99)  # the checkpoint has to bring it back
+    second.optimizer.load_state_dict(optimizer_state)
+    second.batches = first.batches
+    second(3)
+    assert same(weights(second.net), weights(straight.net))
+    assert second.optimizer.param_groups[0]["gamma"] == straight.optimizer.param_groups[0]["gamma"]
+
+
+@every
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_copy_goes_the_same_way(name: str, duplicate: Callable[[Any], Any]) -> None:
+    original = run(name)
+    original(3)
+    net, optimizer = duplicate((original.net, original.optimizer))
+    assert net[0].weight is not original.net[0].weight
+    twin = Step(net, optimizer, stream(7))
+    original.batches = stream(7)
+    twin(3), original(3)
+    assert same(weights(twin.net), weights(original.net))
+
+
+@every
+def test_groups_keep_their_own_settings(name: str) -> None:
+    net = make_net()
+    groups = [{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.0}]
+    step = Step(net, build(name, groups), stream())
+    before = weights(net)
+    step(2)
+    after = weights(net)
+    assert not torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
+    assert same(after[2:], before[2:])
+
+
+@every
+def test_groups_with_equal_settings_are_one(name: str) -> None:
+    # The noise is drawn in the order of the parameters either way.
+    whole = run(name)
+    net = make_net()
+    split = Step(net, build(name, [{"params": net[0].parameters()}, {"params": net[2].parameters()}]), stream())
+    whole(3), split(3)
+    assert same(weights(whole.net), weights(split.net))
+
+
+@every
+def test_scheduler(name: str) -> None:
+    # A reference that is on its way to its workers goes on while they stand still.
+    step = run(name, **({"moving_rate": 1.0} if "elastic" in name else {}))
+    start = step.optimizer.param_groups[0]["lr"]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(step.optimizer, lambda epoch: 0.0 if epoch == 2 else 1.0)
+    step()
+    scheduler.step()
+    step()
+    scheduler.step()
+    before = weights(step.net)
+    step()
+    assert same(weights(step.net), before)
+    scheduler.step()
+    assert step.optimizer.param_groups[0]["lr"] == start
+    step()
+    assert not same(weights(step.net), before)
+
+
+@every
+def test_every_gradient_can_be_clipped(name: str) -> None:
+    step = run(name)
+    norms: list[float] = []
+
+    def clip() -> None:
+        nn.utils.clip_grad_norm_(step.net.parameters(), 1e-3)
+        norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in step.net.parameters())))
+
+    step.after = clip
+    step()
+    assert len(norms) == CASES[name][2]
+    assert max(norms) <= 1e-3 * (1 + 1e-9)
+    # The gradient is not used in place: what the last evaluation left is still there.
+    left = math.sqrt(sum(float(p.grad.square().sum()) for p in step.net.parameters()))
+    assert left == norms[-1]
+
+
+@every
+def test_gradients_set_to_none_or_zero(name: str) -> None:
+    to_none, to_zero = run(name), run(name)
+    to_zero.set_to_none = False
+    to_none(3), to_zero(3)
+    assert same(weights(to_none.net), weights(to_zero.net))
+
+
+@every
+@pytest.mark.parametrize("foreach", [True, False])
+def test_kernels_agree(name: str, foreach: bool) -> None:
+    default, chosen = run(name), run(name, foreach=foreach)
+    default(3), chosen(3)
+    assert same(weights(default.net), weights(chosen.net))
+
+
+@every
+def test_frozen_and_unused_parameters_stay(name: str) -> None:
+    net = make_net()
+    net[0].bias.requires_grad_(False)
+    unused = nn.Parameter(torch.full((3,), 0.1, dtype=torch.float64))
+    step = Step(net, build(name, [*net.parameters(), unused]), stream())
+    before, weight = net[0].bias.clone(), net[0].weight.detach().clone()
+    step(3)
+    assert torch.equal(net[0].bias, before)
+    assert torch.equal(unused.detach(), torch.full((3,), 0.1, dtype=torch.float64))
+    assert not torch.equal(net[0].weight, weight)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_precision_is_the_parameters(name: str, dtype: torch.dtype) -> None:
+    net = make_net(dtype=dtype)
+    step = Step(net, build(name, net.parameters()), stream(dtype=dtype))
+    before = weights(net)
+    step(3)
+    assert not same(weights(net), before)
+    for p in net.parameters():
+        assert p.dtype == dtype
+        assert torch.isfinite(p).all()
+        for value in step.optimizer.state[p].values():
+            assert value.dtype == dtype
+
+
+@every
+def test_complex_parameters_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="Expected real parameters, got complex"):
+        build(name, [nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+
+
+def test_sparse_gradients_are_refused() -> None:
+    table = nn.Embedding(3, 2, sparse=True)
+    optimizer = HamiltonJacobi(table.parameters())
+    with pytest.raises(RuntimeError, match="Expected dense gradients, got sparse"):
+        optimizer.step(lambda: table(torch.tensor([1])).sum().backward())
+
+
+@every
+def test_step_without_closure_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected a closure, got None: .* {CASES[name][2]} times"):
+        run(name).optimizer.step()
+
+
+@every
+def test_closure_that_raises_leaves_the_weights(name: str) -> None:
+    step = run(name)
+    step()
+    before = weights(step.net)
+
+    def interrupt() -> None:
+        if step.optimizer.evaluation == step.optimizer.closure_calls - 1:
+            raise KeyboardInterrupt
+
+    step.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    assert same(weights(step.net), before)
+    assert step.optimizer.evaluation is None
+
+
+INVALID = {
+    **dict.fromkeys(("lr", "inner_lr", "gamma", "temperature", "viscosity", "weight_decay"), (-0.1, math.nan)),
+    **dict.fromkeys(("averaging", "momentum", "inner_momentum", "scoping"), (-0.1, 1.0)),
+    "moving_rate": (-0.1, 1.5),
+    **dict.fromkeys(("evaluations", "workers"), (0, 2.5)),
+}
+CLASSES = (EntropySGD, HamiltonJacobi, HeatSmoothing, BurgersSGD, ElasticSGD)
+
+
+@pytest.mark.parametrize(
+    ("cls", "setting", "value"),
+    [(c, name, v) for c in CLASSES for name, bad in INVALID.items() if name in signature(c).parameters for v in bad],
+)
+def test_invalid_setting_is_named(cls: Any, setting: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"Expected {setting} to be a .*, got {value}"):
+        cls([nn.Parameter(torch.ones(1))], **{setting: value})
+
+
+@pytest.mark.parametrize("cls", [EntropySGD, HamiltonJacobi, BurgersSGD, ElasticSGD])
+def test_width_zero_is_refused(cls: Any) -> None:
+    with pytest.raises(ValueError, match="Expected gamma to be a number > 0, got 0"):
+        cls([nn.Parameter(torch.ones(1))], gamma=0.0)
+
+
+def test_groups_evaluate_together() -> None:
+    optimizer = EntropySGD([nn.Parameter(torch.ones(1))])
+    with pytest.raises(ValueError, match="Expected evaluations to be the same in all groups, got 3"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "evaluations": 3})
+    assert len(optimizer.param_groups) == 1
+
+
+# ---- reductions to torch's SGD, bit for bit
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize(
+    "momentum",
+    [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}],
+    ids=["plain", "momentum", "nesterov"],
+)
+@pytest.mark.parametrize(
+    "reduced",
+    [
+        lambda params, **kw: HeatSmoothing(params, gamma=0.0, evaluations=1, **kw),
+        lambda params, **kw: HamiltonJacobi(params, averaging=0.0, evaluations=1, **kw),
+        lambda params, **kw: ElasticSGD(params, workers=1, **kw),
+        lambda params, **kw: ElasticSGD(params, workers=1, gamma=math.inf, evaluations=1, **kw),
+    ],
+    ids=["heat", "hamilton-jacobi", "elastic", "elastic-uncoupled"],
+)
+def test_one_evaluation_is_sgd(reduced: Any, momentum: dict[str, Any], foreach: bool | None) -> None:
+    nets = make_net(), make_net()
+    settings = {"lr": 0.3, "weight_decay": 0.01, "foreach": foreach, **momentum}
+    ours = Step(nets[0], reduced(nets[0].parameters(), **settings), stream())
+    sgd = Step(nets[1], SGD(nets[1].parameters(), **settings), stream())
+    for _ in range(8):
+        assert torch.equal(ours(), sgd())
+        assert same(weights(nets[0]), weights(nets[1]))
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize(
+    "reduced",
+    [
+        lambda params, lr, **kw: EntropySGD(
+            params, lr=2.0, gamma=2.0, inner_lr=lr, evaluations=1, averaging=0.0, scoping=0.0, **kw
+        ),
+        lambda params, lr, **kw: BurgersSGD(params, lr=lr, gamma=lr, evaluations=1, **kw),
+    ],
+    ids=["entropy", "burgers"],
+)
+def test_one_inner_step_is_sgd(reduced: Any, foreach: bool | None) -> None:
+    nets = make_net(), make_net()
+    settings = {"lr": 0.3, "weight_decay": 0.01, "foreach": foreach}
+    ours = Step(nets[0], reduced(nets[0].parameters(), **settings), stream())
+    sgd = Step(nets[1], SGD(nets[1].parameters(), **settings), stream())
+    for _ in range(8):
+        assert torch.equal(ours(), sgd())
+        assert same(weights(nets[0]), weights(nets[1]))
+
+
+# ---- the formulas, written out again in numpy for one quadratic per mini-batch: f_k(x) = ½ h_k x² − b_k x
+
+H, B = np.array([0.5, 2.0, 1.0, 3.0, 0.2, 1.5] * 10), np.linspace(-1, 1, 60)
+ETA, INNER, GAMMA, ALPHA, L, DECAY, SCOPING, ROUNDS = 0.7, 0.1, 0.8, 0.6, 3, 0.05, 0.1, 4
+
+
+class Noisy:
+    """Gradients of the mini-batches in order."""
+
+    def __init__(self) -> None:
+        self.k = 0
+
+    def __call__(self, x: Any) -> Any:
+        self.k += 1
+        return H[self.k - 1] * x - B[self.k - 1]
+
+
+def entropy(g: Noisy, x: float, gamma: float) -> float:
+    for _ in range(ROUNDS):
+        y = z = x
+        for _ in range(L):
+            y = y - INNER * (g(y) + DECAY * y + (y - x) / gamma)
+            z = ALPHA * z + (1 - ALPHA) * y
+        x = x - ETA / gamma * (x - z)
+        gamma *= 1 - SCOPING
+    return x
+
+
+def entropy_with_momentum(g: Noisy, x: float, gamma: float) -> float:
+    for _ in range(ROUNDS):
+        y, z, v = x, x, 0.0
+        for _ in range(L):
+            v = 0.5 * v + g(y) + DECAY * y + (y - x) / gamma
+            y = y - INNER * v
+            z = ALPHA * z + (1 - ALPHA) * y
+        x = x - ETA / gamma * (x - z)
+        gamma *= 1 - SCOPING
+    return x
+
+
+def hamilton_jacobi(g: Noisy, x: float, gamma: float) -> float:
+    for _ in range(ROUNDS):
+        p = 0.0
+        for _ in range(L):
+            at = x - gamma * p
+            p = ALPHA * p + (1 - ALPHA) * (g(at) + DECAY * at)
+        x = x - ETA * p
+        gamma *= 1 - SCOPING
+    return x
+
+
+def heat(g: Noisy, x: float, gamma: float) -> float:
+    for _ in range(ROUNDS):
+        x = x - ETA * (sum(g(x) for _ in range(L)) / L + DECAY * x)
+    return x
+
+
+def burgers(g: Noisy, x: float, gamma: float) -> float:
+    y = x
+    for _ in range(ROUNDS):
+        for _ in range(L):
+            y = y - INNER * (g(y) + DECAY * y + (y - x) / gamma)
+        x = x - INNER / gamma * (x - y)
+        gamma *= 1 - SCOPING
+    return x
+
+
+def elastic(g: Noisy, x: float, gamma: float) -> float:
+    workers = [x, x, x]
+    for _ in range(ROUNDS):
+        for a in range(3):
+            for _ in range(L):
+                workers[a] -= INNER * (g(workers[a]) + DECAY * workers[a] + (workers[a] - x) / gamma)
+        x = x - 0.4 * (x - sum(workers) / 3)
+        gamma *= 1 - SCOPING
+    return x
+
+
+COMMON = {"gamma": GAMMA, "evaluations": L, "weight_decay": DECAY, "scoping": SCOPING}
+FORMULAS: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "entropy": (EntropySGD, {"lr": ETA, "inner_lr": INNER, "averaging": ALPHA}, entropy),
+    "entropy-momentum": (
+        EntropySGD,
+        {"lr": ETA, "inner_lr": INNER, "averaging": ALPHA, "inner_momentum": 0.5},
+        entropy_with_momentum,
+    ),
+    "hamilton-jacobi": (HamiltonJacobi, {"lr": ETA, "averaging": ALPHA}, hamilton_jacobi),
+    "heat": (HeatSmoothing, {"lr": ETA, "gamma": 0.0}, heat),
+    "burgers": (BurgersSGD, {"lr": INNER}, burgers),
+    "elastic": (ElasticSGD, {"lr": INNER, "workers": 3, "moving_rate": 0.4}, elastic),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formula(name: str) -> None:
+    cls, settings, formula = FORMULAS[name]
+    x = nn.Parameter(torch.tensor([1.7], dtype=torch.float64))
+    optimizer = cls([x], **{**COMMON, **settings})
+    g = Noisy()
+
+    def closure() -> Tensor:
+        h, b = H[g.k], B[g.k]
+        g.k += 1
+        optimizer.zero_grad()
+        loss = (0.5 * h * x * x - b * x).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(ROUNDS):
+        optimizer.step(closure)
+    # about a hundred roundings of numbers of order one
+    assert x.item() == pytest.approx(formula(Noisy(), 1.7, GAMMA), rel=1e-13)
+
+
+# ---- noise
+
+
+def quadratic_closure(x: nn.Parameter, curvature: float) -> Callable[[], Any]:
+    def closure() -> float:
+        x.grad = curvature * x.detach()
+        return 0.0
+
+    return closure
+
+
+MANY = 40_000
+# The relative standard error of a sample variance is √(2/n).
+FIVE_SIGMA = 5 * math.sqrt(2 / MANY)
+
+
+def test_inner_loop_samples_the_gibbs_density() -> None:
+    """An Ornstein–Uhlenbeck process by Euler steps: variance T/(h(1 − η′h/2)), h = λ + 1/γ."""
+    x = nn.Parameter(torch.zeros(MANY, dtype=torch.float64))
+    # η = γ and no averaging: x becomes the last y, 60 relaxation times later
+    optimizer = EntropySGD([x], lr=0.5, gamma=0.5, averaging=0.0, temperature=0.3, evaluations=200, generator=seeded())
+    optimizer.step(quadratic_closure(x, 1.0))
+    assert float(x.detach().var()) == pytest.approx(0.3 / (3 * (1 - 0.1 * 3 / 2)), rel=FIVE_SIGMA)
+
+
+def test_traffic_samples_the_gibbs_density_of_its_viscosity() -> None:
+    x = nn.Parameter(torch.zeros(MANY, dtype=torch.float64))
+    optimizer = BurgersSGD([x], lr=0.1, gamma=0.5, viscosity=0.3, evaluations=200, generator=seeded())
+    optimizer.step(quadratic_closure(x, 1.0))
+    y = optimizer.state[x]["y"]
+    assert float(y.var()) == pytest.approx(0.3 / (3 * (1 - 0.1 * 3 / 2)), rel=FIVE_SIGMA)
+    assert torch.allclose(x.detach(), 0.2 * y)  # x pulled from 0 by δ/γ
+
+
+def test_heat_perturbs_with_variance_gamma() -> None:
+    x = nn.Parameter(torch.zeros(MANY, dtype=torch.float64))
+    optimizer = HeatSmoothing([x], lr=1.0, gamma=0.04, evaluations=5, generator=seeded())
+    optimizer.step(quadratic_closure(x, 1.0))
+    assert float(x.detach().var()) == pytest.approx(0.04 / 5, rel=FIVE_SIGMA)
+
+
+def test_heat_descends_the_smoothed_loss() -> None:
+    """The heat equation takes x⁴/4 to x⁴/4 + 3γx²/2 + …, whose slope at 1 is 1 + 3γ."""
+    x = nn.Parameter(torch.ones(MANY, dtype=torch.float64))
+    optimizer = HeatSmoothing([x], lr=1.0, gamma=0.25, evaluations=4, generator=seeded())
+
+    def closure() -> float:
+        x.grad = x.detach() ** 3
+        return 0.0
+
+    optimizer.step(closure)
+    slope = 1 - x.detach()
+    assert float(slope.mean()) == pytest.approx(1.75, abs=5 * float(slope.std()) / math.sqrt(MANY))
+
+
+@pytest.mark.parametrize("name", ["entropy-noise-momentum", "heat", "burgers-noise-momentum"])
+def test_noise_is_the_generators(name: str) -> None:
+    torch.manual_seed(0)
+    first, again, other = run(name), run(name), run(name, generator=seeded(6))
+    first()
+    assert torch.initial_seed() == 0
+    state = torch.get_rng_state()
+    again(), other()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(weights(first.net), weights(again.net))
+    assert not same(weights(first.net), weights(other.net))
+
+
+@pytest.mark.parametrize("name", ["entropy-noise-momentum", "heat"])
+def test_noise_spares_buffers(name: str) -> None:
+    net = nn.Sequential(make_net(), nn.BatchNorm1d(3, momentum=0.0, dtype=torch.float64))
+    Step(net, build(name, net.parameters()), stream())(2)
+    assert torch.equal(net[1].running_mean, torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(net[1].running_var, torch.ones(3, dtype=torch.float64))
+
+
+# ---- scoping, and the stability of the inner loop
+
+
+@every
+def test_scoping_shrinks_gamma_each_step(name: str) -> None:
+    step = run(name, scoping=0.25, gamma=8.0)
+    step(3)
+    assert step.optimizer.param_groups[0]["gamma"] == 8 * 0.75**3  # powers of two: exact
+
+
+# settings whose inner loop diverges whatever the loss, and ones just inside
+UNSTABLE: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "entropy": (EntropySGD, {"inner_lr": 0.1, "gamma": 0.049}, {"inner_lr": 0.1, "gamma": 0.051}),
+    "entropy-momentum": (
+        EntropySGD,
+        {"inner_lr": 0.1, "inner_momentum": 0.9, "gamma": 0.026},
+        {"inner_lr": 0.1, "inner_momentum": 0.9, "gamma": 0.027},
+    ),
+    "burgers": (BurgersSGD, {"lr": 0.1, "gamma": 0.049}, {"lr": 0.1, "gamma": 0.051}),
+    "elastic": (ElasticSGD, {"lr": 0.1, "gamma": 0.049}, {"lr": 0.1, "gamma": 0.051}),
+}
+
+
+@pytest.mark.parametrize("name", UNSTABLE)
+def test_inner_loop_that_cannot_be_stable_is_warned_about_once(name: str) -> None:
+    cls, bad, good = UNSTABLE[name]
+    net = make_net()
+    Step(net, cls(net.parameters(), **good), stream())()  # a warning would be an error
+    step = Step(net, cls(net.parameters(), **bad), stream())
+    with pytest.warns(UserWarning, match=r"expected a curvature below -.* inner loop of group 0 .*Lower"):
+        step()
+    step(2)
+
+
+def test_scoping_into_instability_is_noticed() -> None:
+    step = run("entropy", gamma=0.06, lr=0.06, scoping=0.1)
+    step()
+    with pytest.warns(UserWarning, match="gamma=0.0486"):
+        step(2)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "limit"),
+    [
+        # η′(1/γ + λ) < 2
+        (lambda p: EntropySGD(p, inner_lr=0.1, gamma=0.5), 18.0),
+        # γλ < (1 + α)/(1 − α)
+        (lambda p: HamiltonJacobi(p, gamma=0.5, averaging=0.75), 14.0),
+        (lambda p: BurgersSGD(p, lr=0.1, gamma=0.5), 18.0),
+        (lambda p: ElasticSGD(p, lr=0.1, gamma=0.5), 18.0),
+    ],
+    ids=["entropy", "hamilton-jacobi", "burgers", "elastic"],
+)
+def test_check_at_a_known_sharpness(optimizer: Any, limit: float) -> None:
+    checked = optimizer([nn.Parameter(torch.ones(1))])
+    assert checked.check_inner_stability(limit - 1e-6)
+    with pytest.warns(UserWarning, match=rf"expected a curvature below {limit:g}"):
+        assert not checked.check_inner_stability(limit + 1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.99, 1.01])
+def test_inner_limit_of_hamilton_jacobi_is_where_p_diverges(factor: float) -> None:
+    x = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = HamiltonJacobi([x], lr=1e-12, gamma=0.5, averaging=0.75, evaluations=2000)
+    sharpness = factor * optimizer.inner_limit(optimizer.param_groups[0])
+    at: list[float] = []
+
+    def closure() -> float:
+        at.append(x.item())
+        x.grad = sharpness * x.detach()
+        return 0.0
+
+    optimizer.step(closure)
+    # p oscillates around its fixed point by ρᵏ, ρ = −(0.25·7·factor − 0.75)
+    assert (abs(at[-1] - at[-2]) > abs(at[1] - at[0])) == (factor > 1)
+
+
+# ---- critical curvature against the real step
+
+EDGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "entropy": (EntropySGD, {}),
+    "entropy-pulled-hard": (EntropySGD, {"lr": 1.0, "gamma": 0.2}),
+    "entropy-short": (EntropySGD, {"evaluations": 3, "averaging": 0.3, "lr": 2.0}),
+    "entropy-momentum": (EntropySGD, {"inner_momentum": 0.9, "evaluations": 7}),
+    "hamilton-jacobi": (HamiltonJacobi, {}),
+    "hamilton-jacobi-narrow": (HamiltonJacobi, {"gamma": 0.1}),
+    "hamilton-jacobi-even": (HamiltonJacobi, {"lr": 0.1, "evaluations": 4}),
+    "hamilton-jacobi-nesterov": (HamiltonJacobi, {"lr": 0.3, "momentum": 0.9, "nesterov": True, "gamma": 0.1}),
+    "heat": (HeatSmoothing, {"gamma": 0.0}),
+    "heat-momentum": (HeatSmoothing, {"gamma": 0.0, "momentum": 0.9}),
+    "heat-nesterov": (HeatSmoothing, {"gamma": 0.0, "momentum": 0.9, "nesterov": True}),
+    "burgers": (BurgersSGD, {}),
+    "burgers-near-its-limit": (BurgersSGD, {"gamma": 0.11}),
+    "burgers-momentum": (BurgersSGD, {"inner_momentum": 0.8, "evaluations": 4}),
+    "elastic": (ElasticSGD, {}),
+    "elastic-slow": (ElasticSGD, {"workers": 2, "evaluations": 4, "moving_rate": 0.3, "gamma": 0.2}),
+    "elastic-momentum": (ElasticSGD, {"workers": 2, "evaluations": 3, "momentum": 0.9}),
+    "elastic-nesterov": (ElasticSGD, {"workers": 2, "evaluations": 2, "momentum": 0.9, "nesterov": True}),
+    "elastic-lone": (ElasticSGD, {"workers": 1, "evaluations": 5}),
+    "elastic-lone-uncoupled": (ElasticSGD, {"workers": 1, "gamma": math.inf}),
+}
+
+
+def radius(cls: Any, settings: dict[str, Any], hessian: Tensor) -> float:
+    """Spectral radius of one step of the real optimizer, its matrix read off column by column."""
+    x = nn.Parameter(torch.ones(len(hessian), dtype=torch.float64))
+    optimizer = cls([x], scoping=0.0, **settings)
+
+    def closure() -> float:
+        x.grad = hessian @ x.detach()
+        return 0.0
+
+    optimizer.step(closure)  # creates the state
+    parts = [x.data, *(value for value in optimizer.state[x].values() if isinstance(value, Tensor))]
+    names = [key for key, value in optimizer.state[x].items() if isinstance(value, Tensor)]
+    columns = []
+    for unit in torch.eye(sum(part.numel() for part in parts), dtype=torch.float64):
+        pieces = unit.split([part.numel() for part in parts])
+        x.data.copy_(pieces[0])
+        for name, piece, part in zip(names, pieces[1:], parts[1:], strict=True):
+            optimizer.state[x][name] = piece.view(part.shape).clone()
+        optimizer.step(closure)
+        columns.append(torch.cat([x.detach().flatten(), *(optimizer.state[x][name].flatten() for name in names)]))
+    return float(torch.linalg.eigvals(torch.stack(columns, 1)).abs().max())
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_critical_curvature_is_where_the_real_step_turns_unstable(name: str) -> None:
+    cls, settings = EDGES[name]
+    decay = 0.1
+    x = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    curvature = critical_curvature(cls([x], weight_decay=decay, **settings))
+    assert curvature.c is not None
+    assert curvature.l2.tolist() == [decay, decay]
+    c = float(curvature.c[0])
+    # A rotated Hessian, whose second eigenvalue is far inside.
+    turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]], dtype=torch.float64)
+
+    def unstable(top: float) -> bool:
+        eigenvalues = torch.tensor([top, 0.3 * top], dtype=torch.float64) - decay
+        # Without stiffness from a smaller mode: rounding of a 14 × 14 matrix's defective eigenvalues stays below this.
+        return radius(cls, {"weight_decay": decay, **settings}, turn @ torch.diag(eigenvalues) @ turn.T) > 1 + 1e-9
+
+    assert not any(unstable(share * c) for share in (0.1, 0.3, 0.5, 0.7, 0.9, 0.99))
+    low, high = 0.99 * c, 1.01 * c
+    assert unstable(high)
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if unstable(middle) else (middle, high)
+    # The radius passes 1 with a slope of order one in λ/c: 1e-9 in it is 1e-9 in λ, or its root where modes collide.
+    assert low == pytest.approx(c, rel=1e-6)
+
+
+def test_threshold_only_where_c_is_a_multiple_of_one_over_lr() -> None:
+    x = nn.Parameter(torch.ones(2))
+    assert critical_curvature(HeatSmoothing([x], momentum=0.9)).threshold == pytest.approx(3.8)
+    assert critical_curvature(EntropySGD([x])).threshold is None
+
+
+def test_critical_curvature_follows_scoping() -> None:
+    step = run("hamilton-jacobi", scoping=0.5, gamma=4.0)
+    before = critical_curvature(step.optimizer).c[0]
+    step()
+    fresh = run("hamilton-jacobi", gamma=2.0)
+    after = critical_curvature(step.optimizer).c[0]
+    assert after == critical_curvature(fresh.optimizer).c[0]
+    assert after != before
+
+
+def test_no_learning_rate_has_no_edge() -> None:
+    x = nn.Parameter(torch.ones(2))
+    for cls in CLASSES:
+        assert critical_curvature(cls([x], lr=0.0)).c.tolist() == [math.inf, math.inf]
+
+
+def test_spring_too_stiff_for_any_curvature_is_past_the_edge() -> None:
+    x = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    for optimizer in (EntropySGD([x], gamma=0.04, lr=0.04), BurgersSGD([x], gamma=0.04), ElasticSGD([x], gamma=0.04)):
+        assert 0 < float(critical_curvature(optimizer).c[0]) < 1e-9
+
+
+# ---- batch normalization
+
+
+def normalized() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2), nn.BatchNorm1d(2))
+
+
+def test_statistics_are_those_over_the_batches() -> None:
+    net = normalized()
+    net[2].eval()
+    batches = [(torch.randn(16, 5), None) for _ in range(3)]
+    modes, rng = [m.training for m in net.modules()], torch.get_rng_state()
+    recompute_batch_norm(net, iter(batches))
+    hidden = [net[0](x) for x, _ in batches]
+    # float32 sums of 16 values
+    torch.testing.assert_close(net[1].running_mean, torch.stack([h.mean(0) for h in hidden]).mean(0))
+    torch.testing.assert_close(net[1].running_var, torch.stack([h.var(0) for h in hidden]).mean(0))
+    scaled = [(h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt() for h in hidden]  # without dropout
+    out = [net[3](s) for s in scaled]
+    torch.testing.assert_close(net[4].running_mean, torch.stack([o.mean(0) for o in out]).mean(0))
+    assert [m.training for m in net.modules()] == modes
+    assert [m.momentum for m in net if isinstance(m, nn.BatchNorm1d)] == [0.1, 0.1]
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_statistics_after_a_step_are_those_of_x() -> None:
+    net = nn.Sequential(nn.Linear(5, 3, dtype=torch.float64), nn.BatchNorm1d(3, dtype=torch.float64))
+    batch = next(stream())
+    step = Step(net, HamiltonJacobi(net.parameters(), lr=0.5, gamma=2.0), iter([batch] * 5))
+    step()
+    expected = net[0](batch[0]).mean(0)
+    drift = float((net[1].running_mean - expected).abs().max())
+    recompute_batch_norm(net, [batch])
+    assert drift > 1e-3
+    torch.testing.assert_close(net[1].running_mean, expected)
+
+
+def test_no_batches_leave_the_statistics() -> None:
+    net = normalized()
+    net(torch.randn(16, 5))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="Expected at least one batch"):
+        recompute_batch_norm(net, [])
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_own_forward_and_no_layers() -> None:
+    net = normalized()
+    recompute_batch_norm(net, [{"x": torch.randn(8, 5)}], lambda module, batch: module(batch["x"]))
+    assert int(net[1].num_batches_tracked) == 1
+    recompute_batch_norm(make_net(), [])
