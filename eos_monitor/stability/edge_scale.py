@@ -50,7 +50,7 @@ def edge_scale(
         if there.c is None or curvature.c is None:
             return None
         # The mode turns by about the bend, over the relative gap, and r changes by the square.
-        if _bend(curvature.c, there.c) ** 2 <= 1e-2 * rtol:
+        if bend(curvature.c, there.c) ** 2 <= 1e-2 * rtol:
             return found
         r, mode = solve(there)
         s, curvature = found, there
@@ -72,7 +72,7 @@ def edge_scale_along(mode: Tensor, r: float, optimizers: Sequence[Optimizer], *,
 
     def miss(t: float) -> float:
         c = critical_curvature(optimizers, lr_scale=t).c
-        return math.nan if c is None else t * (_quadratic_form(shortened(c.to(mode.device)), mode) / r - 1)
+        return math.nan if c is None else t * (quadratic_form(shortened(c.to(mode.device)), mode) / r - 1)
 
     b = s / r
     miss_b = miss(b)
@@ -91,7 +91,7 @@ def edge_scale_along(mode: Tensor, r: float, optimizers: Sequence[Optimizer], *,
     return b
 
 
-def _bend(c: Tensor, other: Tensor) -> float:
+def bend(c: Tensor, other: Tensor) -> float:
     """Return how far one is from a multiple of the other, relatively, where they are finite."""
     c, other = shortened(c), shortened(other)
     if len(c) == len(other) == 1:
@@ -101,7 +101,7 @@ def _bend(c: Tensor, other: Tensor) -> float:
     return most / least - 1
 
 
-def _quadratic_form(c: Tensor, x: Tensor) -> float:
+def quadratic_form(c: Tensor, x: Tensor) -> float:
     """Return xᵀ C x in double precision, without the coordinates whose c is infinite (their x is 0)."""
     total = 0.0
     for part in range(0, len(x), _SLICE):  # a double-precision copy of a long vector costs more than the sum

@@ -102,7 +102,7 @@ class Measurement:
         if reading.edge_ratio is None or self.mode is None:
             return replace(reading, lr=lr)
         now = critical_curvature(optimizers)
-        s = _common_factor(self.curvature, now)
+        s = common_factor(self.curvature, now)
         if s is None:
             return replace(reading, stale=True)
         ratio, scale = s * reading.edge_ratio, reading.edge_scale
@@ -122,7 +122,7 @@ class Measurement:
         )
 
 
-def _common_factor(before: CriticalCurvature, now: CriticalCurvature) -> float | None:
+def common_factor(before: CriticalCurvature, now: CriticalCurvature) -> float | None:
     """Return s with c_now = c_before / s for all coordinates, or None."""
     if before.c is None or now.c is None or before.c.shape != now.c.shape or not torch.equal(before.l2, now.l2):
         return None
