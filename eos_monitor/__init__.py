@@ -22,7 +22,9 @@ _PLACES = {
     "Spectrum": "curvature.lanczos",
     "InstabilityDetector": "stability.detector",
     "Verdict": "stability.detector",
-    "Alert": "alerts",
+    "Alert": "alerts.alert",
+    "JSONLinesSink": "alerts.sinks",
+    "WebhookSink": "alerts.sinks",
 }
 
 __all__ = [*_PLACES]

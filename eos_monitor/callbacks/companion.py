@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.callbacks._compat import Callback
 from eos_monitor.callbacks.edge_of_stability import EdgeOfStabilityMonitor
 from eos_monitor.callbacks.occasion import Occasion
@@ -58,7 +59,7 @@ class Companion(Callback):
     def begin_with(self, trainer: Any) -> None:
         """Start afresh: no failure so far."""
         self._attempts = Attempts(f"what {type(self).__name__} measures")
-        self.begin(trainer, RunOutputs(trainer, self.name, (), self._attempts.warn_once))
+        self.begin(trainer, RunOutputs(trainer, self.name, (), self._attempts.warn_once, Throttle()))
 
     def take_part(self, occasion: Occasion) -> None:
         """Measure, unless that was given up."""
@@ -137,4 +138,4 @@ class _SilentMonitor(EdgeOfStabilityMonitor):
     """Measures for its companions and says nothing itself."""
 
     def _open_outputs(self, trainer: Any) -> RunOutputs:
-        return RunOutputs(trainer, self.name, (), self._engine.warn_once, silent=True)
+        return RunOutputs(trainer, self.name, (), self._engine.warn_once, self._throttle, silent=True)

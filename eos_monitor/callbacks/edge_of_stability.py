@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from eos_monitor.alerts import Sink, alert_of, check_alerts
+from eos_monitor.alerts.alert import alert_of
+from eos_monitor.alerts.sinks import Sink, check_alerts
+from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.callbacks._compat import Callback
 from eos_monitor.callbacks.losses import resolve_loss
 from eos_monitor.callbacks.occasion import Occasion
@@ -80,7 +82,9 @@ class EdgeOfStabilityMonitor(Callback):
         rtol: Relative residual of a reading.
         raw_sharpness: Solve for λ_max(H) too where it does not follow from the edge ratio, at the cost of a second
             solve.
-        alerts: What to do on a change of verdict: ``"log"``, or functions of an :class:`Alert`.
+        alerts: What to do on a change of verdict: ``"log"``, ``"jsonl"`` (``eos_alerts.jsonl`` in the log folder),
+            ``"wandb"`` (an alert of the run, where that logger is attached), a :class:`JSONLinesSink`, a
+            :class:`WebhookSink`, or any function of an :class:`Alert`.
         expose_metrics: Also put the numbers where EarlyStopping, ModelCheckpoint and the progress bar find them
             (``callback_metrics``); the one trace that a monitor can leave.
         verify: When to compare the run before and after a reading: ``"first"`` (until the first complete one),
@@ -92,6 +96,8 @@ class EdgeOfStabilityMonitor(Callback):
         batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.
         max_matvecs: Bound on the Hessian-vector products of one solve.
         method: ``"auto"``, ``"double-backward"`` or ``"fd"``, see :class:`HessianOperator`.
+        alert_cooldown: Seconds for which the same change of verdict is told once only, unless it got worse since; at
+            most ten alerts go out in a minute, and what was held back is counted at the end of fit.
         seed: Seed of start vectors and jitter.
 
     Raises:
@@ -124,6 +130,7 @@ class EdgeOfStabilityMonitor(Callback):
         batch_size_fn: Callable[[Any], int] | None = None,
         max_matvecs: int = 64,
         method: Literal["auto", "double-backward", "fd"] = "auto",
+        alert_cooldown: float = 60.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -133,7 +140,7 @@ class EdgeOfStabilityMonitor(Callback):
         self.name = name
         self.enabled = enabled
         self._loss_fn, self._alerts, self._full_batch = loss_fn, tuple(alerts), full_batch
-        self._verify, self._expose = verify, expose_metrics
+        self._verify, self._expose, self._cooldown = verify, expose_metrics, alert_cooldown
         shared: dict[str, Any] = {"batch_size_fn": batch_size_fn, "seed": seed}
         self._gauge_settings = shared | {
             "k": k,
@@ -184,12 +191,17 @@ class EdgeOfStabilityMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the detector's state, and what it was about, as plain Python values."""
-        return {"detector": self._engine.detector.state_dict(), "watched": self._watched}
+        return {
+            "detector": self._engine.detector.state_dict(),
+            "watched": self._watched,
+            "alerts": self._throttle.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned. The first reading after it is a cold one."""
         self._engine.detector.load_state_dict(state_dict["detector"])
         self._watched_before = state_dict["watched"]
+        self._throttle.load_state_dict(state_dict["alerts"])
 
     # ------------------------------------------------------------------ hooks
 
@@ -294,6 +306,7 @@ class EdgeOfStabilityMonitor(Callback):
     # ------------------------------------------------------------------ inside
 
     def _reset(self) -> None:
+        self._throttle = Throttle(self._cooldown)
         self._engine = Engine(Gauge(**self._gauge_settings), **self._engine_settings)
         self._verification = Verification(self._verify)
         self._used = self._active = self._batch_ended = self._introduced = self._ending = False
@@ -351,7 +364,7 @@ class EdgeOfStabilityMonitor(Callback):
         self._companions_seconds = 0.0 if self._verify == "always" else time.perf_counter() - began
 
     def _open_outputs(self, trainer: Any) -> RunOutputs:
-        return RunOutputs(trainer, self.name, self._alerts, self._engine.warn_once)
+        return RunOutputs(trainer, self.name, self._alerts, self._engine.warn_once, self._throttle)
 
     def _is_full_batch(self, trainer: Any) -> bool:
         if self._full_batch is not None:
@@ -451,6 +464,7 @@ class EdgeOfStabilityMonitor(Callback):
         began = time.perf_counter()
         path = self._outputs.figure(sorted(timeline, key=lambda row: int(row["step"])), self._losses, self._title)
         figure = f" Figure ({time.perf_counter() - began:.2g} s): {path}" if path else ""
+        self._outputs.close_alerts()
         self._outputs.say(self.report().replace("\n", " ") + figure)
 
 

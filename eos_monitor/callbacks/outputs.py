@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eos_monitor.alerts import Alert, Sink, sinks_of
+from eos_monitor.alerts.alert import Alert
+from eos_monitor.alerts.sinks import Sink, sinks_of
+from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.dashboard.layout import custom_scalars_layout
 from eos_monitor.stability.engine import append_jsonl
 from eos_monitor.stability.reading import StabilityReading
@@ -25,6 +27,9 @@ _SCALARS = (
 )
 
 
+_FLUSH_SECONDS = 2.0  # at the end of fit, for alerts that are still on their way
+
+
 class RunOutputs:
     """Writes to whatever is attached to a Trainer. An output that fails is told once and never stops the run.
 
@@ -33,6 +38,7 @@ class RunOutputs:
         name: First part of the log keys.
         alerts: Names of sinks, or functions of an alert.
         warn_once: ``warn_once(topic, message)``.
+        throttle: Decides which alerts go out.
         silent: Write nothing.
     """
 
@@ -42,6 +48,7 @@ class RunOutputs:
         name: str,
         alerts: Sequence[str | Sink],
         warn_once: Callable[[str, str], None],
+        throttle: Throttle,
         *,
         silent: bool = False,
     ) -> None:
@@ -49,10 +56,11 @@ class RunOutputs:
         self._silent = silent
         self._speaks = trainer.is_global_zero and not silent
         self._log = lightning_logger(trainer)
-        self._sinks = sinks_of(alerts, self._log)
         # All ranks have to ask: log_dir broadcasts.
         folder = trainer.log_dir or trainer.default_root_dir
         self.folder = None if trainer.fast_dev_run or not self._speaks else Path(folder)
+        self._sinks = sinks_of(alerts, self._log, self.folder, self._experiments("alert")) if self._speaks else []
+        self.throttle = throttle
 
     @property
     def _loggers(self) -> list[Any]:
@@ -76,7 +84,7 @@ class RunOutputs:
 
     def alert(self, alert: Alert) -> None:
         """Pass an alert to the sinks and to every logger that takes text."""
-        if not self._speaks:
+        if not self._speaks or not self.throttle.passes(alert):
             return
         for sink in self._sinks:
             self._guard("sink", sink, alert)
@@ -86,6 +94,16 @@ class RunOutputs:
         for logger in self._loggers:
             if callable(getattr(type(logger), "log_text", None)):  # WandbLogger
                 self._guard("text", logger.log_text, key, ["step", "message"], [[alert.step, alert.message]])
+
+    def close_alerts(self) -> None:
+        """Tell what alerts there were, if some were held back, and wait a little for those on their way."""
+        summary = self.throttle.summary()
+        if summary is not None and self.throttle.held_back:
+            self.say(summary)
+        for sink in self._sinks:
+            flush = getattr(sink, "flush", None)
+            if callable(flush):
+                self._guard("sink", flush, _FLUSH_SECONDS)
 
     def figure(self, rows: Sequence[Mapping[str, Any]], losses: Sequence[tuple[int, float]], title: str) -> Path | None:
         """Draw the run, to a PNG in the log folder and to TensorBoard; return the PNG's path."""

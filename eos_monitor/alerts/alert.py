@@ -1,15 +1,12 @@
-"""Messages about a change of verdict, and where they go."""
+"""Messages about a change of verdict."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from eos_monitor.stability.detector import Verdict
 from eos_monitor.stability.reading import StabilityReading
-
-Sink = Callable[["Alert"], None]
 
 
 @dataclass(frozen=True)
@@ -28,36 +25,26 @@ class Alert:
     previous: Verdict
     message: str
 
+    @property
+    def kind(self) -> str:
+        """What changed, in two words."""
+        return f"{self.previous.name} to {self.verdict.name}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "step": self.step,
+            "verdict": self.verdict.name,
+            "previous": self.previous.name,
+            "message": self.message,
+        }
+
 
 def alert_of(
     step: int, verdict: Verdict, previous: Verdict, reading: StabilityReading | None, loss: float | None
 ) -> Alert:
     """Word the change from ``previous`` to ``verdict``."""
     return Alert(step, verdict, previous, f"step {step}: {_meaning(verdict, reading, loss)} [{verdict.name}]")
-
-
-def check_alerts(alerts: Sequence[str | Sink]) -> None:
-    """Check the ``alerts=`` argument: a sequence of ``"log"`` and of functions of an :class:`Alert`.
-
-    Raises:
-        ValueError: If it is anything else.
-    """
-    if isinstance(alerts, str) or not all(callable(alert) or alert == "log" for alert in alerts):
-        raise ValueError(f"Expected `alerts` to be a sequence of 'log' and functions of an Alert, got {alerts!r}.")
-
-
-def sinks_of(alerts: Sequence[str | Sink], logger: logging.Logger) -> list[Sink]:
-    """Resolve a checked ``alerts=`` argument; ``"log"`` goes to ``logger``."""
-    return [_LogSink(logger) if isinstance(alert, str) else alert for alert in alerts]
-
-
-@dataclass(frozen=True)
-class _LogSink:
-    logger: logging.Logger
-
-    def __call__(self, alert: Alert) -> None:
-        level = logging.WARNING if alert.verdict >= Verdict.EDGE else logging.INFO
-        self.logger.log(level, "eos_monitor: %s", alert.message)
 
 
 def _meaning(verdict: Verdict, reading: StabilityReading | None, loss: float | None) -> str:
