@@ -17,16 +17,17 @@ ALLOWED = {
     "curvature": set(),
     "stability": {"curvature"},
     "perturbation": {"curvature", "stability"},
+    "optim": {"stability"},
     "alerts": {"stability"},
     "dashboard": set(),
-    "callbacks": {"curvature", "stability", "perturbation", "alerts", "dashboard"},
-    "lab": {"curvature", "stability", "perturbation", "alerts", "dashboard", "callbacks", ""},
+    "callbacks": {"curvature", "stability", "perturbation", "optim", "alerts", "dashboard"},
+    "lab": {"curvature", "stability", "perturbation", "optim", "alerts", "dashboard", "callbacks", ""},
     "cli": {"lab", ""},
     "": set(),
 }
 # outside package -> rooms that may import it
 OUTSIDE = {
-    "torch": {"curvature", "stability", "perturbation", "callbacks", "lab"},
+    "torch": {"curvature", "stability", "perturbation", "optim", "callbacks", "lab"},
     "lightning": {"callbacks", "lab"},
     "pytorch_lightning": {"callbacks", "lab"},
     "lightning_fabric": {"callbacks", "lab"},
