@@ -276,8 +276,9 @@ class Gauge:
         if curvature.without_threshold:
             rest = "" if curvature.c is None else "; the edge ratio speaks of the other groups"
             notes.append(f"no known threshold for {', '.join(curvature.without_threshold)}{rest}")
-        elif curvature.c is not None and not _can_move(curvature):
+        elif curvature.c is not None and not curvature.notes and not _can_move(curvature):
             notes.append("no edge at a learning rate of 0")
+        notes += curvature.notes
         if operator.unused:
             notes.append(f"{operator.unused:.0%} of the trained parameters are not used by the loss")
         notes += [note for note in (self.check_note, self._sampling_note) if note]
@@ -453,7 +454,10 @@ class _WarmSolver:
 
 
 def _can_move(curvature: CriticalCurvature) -> bool:
-    return curvature.c is not None and bool((curvature.c < math.inf).any())
+    if curvature.c is None:
+        return False
+    least = float(curvature.c.min())
+    return not (least < 0.0 or least == math.inf)  # below 0 the decay alone is unstable
 
 
 def _free_sharpness(r: float, curvature: CriticalCurvature) -> float | None:

@@ -3,6 +3,9 @@
 For each coordinate, the critical curvature c is the h at which that coordinate alone, on ½ h x², with the optimizer's
 present state frozen, loses stability. With C = diag(c) and W the coupled weight decay, the full-batch edge of any mix
 of groups is ``λ_max(C^-½ (H + W) C^-½) = 1``, crossed by a flip: the unstable mode changes sign at every step.
+
+Here is the contract; the formulas are in ``rules`` (torch.optim) and ``neighbours`` (other libraries), which the
+package ``eos_monitor.stability`` loads.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Group = Mapping[str, Any]
-_O = TypeVar("_O", bound=type[Optimizer])
 
 
 class Limit(NamedTuple):
@@ -30,16 +32,39 @@ class Limit(NamedTuple):
         threshold: ``c · lr / P``, the limit of lr·λ_max(P⁻¹(H + W)) with P the optimizer's preconditioner; None if
             c is not of that form.
         ready: False while the state is too young to mean anything.
+        note: What a reader must know beside the number.
     """
 
     c: float | Tensor
     l2: float | Tensor = 0.0
     threshold: float | None = None
     ready: bool = True
+    note: str | None = None
 
 
 Rule = Callable[[Group, Tensor, Mapping[str, Any]], Any]
+_R = TypeVar("_R", bound=Rule)
 _RULES: dict[type[Optimizer], Rule] = {}
+
+
+class Source(NamedTuple):
+    """How to read an optimizer.
+
+    Attributes:
+        rule: What gives the critical curvature of a parameter; None if nothing is known.
+        state: Where each parameter's state is.
+        attributes: Settings that the optimizer keeps beside its groups.
+        note: What a reader must know beside the numbers.
+    """
+
+    rule: Rule | None
+    state: Mapping[Tensor, Any]
+    attributes: Mapping[str, Any] = {}
+    note: str | None = None
+
+
+# Asked in turn about an optimizer whose class has no rule.
+_FINDERS: list[Callable[[Optimizer], Source | None]] = []
 
 
 @dataclass(frozen=True)
@@ -55,7 +80,8 @@ class CriticalCurvature:
         names: One name for each parameter.
         sign: −1 where the loss is maximized (its curvature counts negatively), else 1.
         ready: Whether every adaptive state is old enough: more than max(10, 3/(1 − β1)) steps.
-        without_threshold: Names of the optimizers without a known threshold, in words.
+        without_threshold: Names of the optimizers without a known threshold, with a word why where it is known.
+        notes: What a reader must know beside the numbers, in words.
     """
 
     c: Tensor | None  # (n,)
@@ -66,15 +92,21 @@ class CriticalCurvature:
     sign: int = 1
     ready: bool = True
     without_threshold: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def register_critical_curvature(optimizer_class: _O) -> Callable[[Rule], Rule]:
+def register_critical_curvature(optimizer_class: type[Optimizer]) -> Callable[[_R], _R]:
     """Decorate the rule that gives the critical curvature of ``optimizer_class`` (and of its subclasses).
 
     The rule is called as ``rule(group, param, state)`` with one of the optimizer's ``param_groups`` (its ``lr``,
     ``momentum``, ``betas`` … as plain floats), a parameter, and ``optimizer.state[param]`` (empty before the first
     step). It returns c, or ``(c, l2)``, or ``(c, l2, threshold)``, each of the first two a number or a tensor of the
-    parameter's shape; None where there is no threshold.
+    parameter's shape; None while the state says nothing yet; a string, the word why, where there is no threshold.
+    c is the edge of one coordinate alone, with its adaptive state as it stands. With a preconditioner P, decoupled
+    decay wd and momentum that answers a gradient which changes sign at every step by T times that gradient, it is
+    ``(2 − lr·wd)·P/(lr·T)``: T = 1 without momentum, (1−β)/(1+β) for an average with weight β.
+
+    :func:`check_critical_curvature` holds a rule against the optimizer itself.
 
     Raises:
         TypeError: If ``optimizer_class`` is not a class of optimizers.
@@ -92,7 +124,7 @@ def register_critical_curvature(optimizer_class: _O) -> Callable[[Rule], Rule]:
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise TypeError(f"Expected a subclass of torch.optim.Optimizer, got {optimizer_class!r}.")
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: _R) -> _R:
         _RULES[optimizer_class] = rule
         return rule
 
@@ -107,13 +139,15 @@ def critical_curvature(
 ) -> CriticalCurvature:
     """Read the critical curvature of every trained coordinate from one or several optimizers.
 
-    An optimizer that is not registered has no threshold: nothing is guessed.
+    An optimizer that is neither registered nor recognized (``stability.neighbours``) has no threshold: nothing is
+    guessed. Where the state is adaptive, what is read is the edge at that state: it moves with it.
 
     Args:
         optimizers: One optimizer or several, which then count as one operator.
         lr_scale: Factor on all learning rates at which to read it; the optimizers keep theirs.
         settings: For each optimizer and each of its groups, what a scheduler will change (``lr``, ``momentum``,
-            ``betas`` …), to read the critical curvature ahead of time.
+            ``betas`` …), to read the critical curvature ahead of time; ``steps_ahead`` moves the state's step counts
+            on, all else as it stands.
 
     Raises:
         ValueError: If there is no trainable parameter, a parameter is in two optimizers, or some groups minimize the
@@ -138,8 +172,9 @@ def critical_curvature(
     params = tuple(entry.param for entry in entries)
     # An Adam parameter that never had a gradient has no state; like a group without a rule it drops out. An optimizer
     # that has no state at all has not begun.
-    begun = {entry.position for entry in entries if entry.begun or entry.limit is not None or not entry.known}
-    unknown = sorted({entry.optimizer for entry in entries if not entry.known})
+    begun = {entry.position for entry in entries if entry.begun or entry.limit is not None or entry.unlimited}
+    unknown = sorted({entry.unlimited for entry in entries if entry.unlimited})
+    notes = [entry.note for entry in entries] + [limit.note for limit in known]
     thresholds = {limit.threshold for limit in known}
     return CriticalCurvature(
         c=_flat([math.inf if limit is None else limit.c for limit in limits], params) if known else None,
@@ -150,6 +185,7 @@ def critical_curvature(
         sign=signs.pop() if signs else 1,
         ready=all(limit.ready for limit in known) and all(entry.position in begun for entry in entries),
         without_threshold=tuple(unknown),
+        notes=tuple(dict.fromkeys(note for note in notes if note)),
     )
 
 
@@ -161,12 +197,12 @@ def learning_rates(optimizers: Sequence[Optimizer]) -> tuple[float, ...]:
 class _Entry(NamedTuple):
     param: Tensor
     name: str
-    optimizer: str
     position: int  # of the optimizer
     begun: bool  # whether the optimizer has any state
-    limit: Limit | None
-    known: bool  # whether the optimizer has a rule, even if this parameter has no state yet
+    limit: Limit | None  # None too while a parameter has no state yet
+    unlimited: str | None  # the optimizer's name, with a word why, where there is no threshold
     maximize: bool
+    note: str | None
 
 
 def _entries(
@@ -174,9 +210,9 @@ def _entries(
 ) -> Iterable[_Entry]:
     seen: dict[int, str] = {}
     for o, optimizer in enumerate(optimizers):
-        rule = _rule_of(optimizer)
+        source, kind = source_of(optimizer), type(optimizer).__name__
         for g, group in enumerate(optimizer.param_groups):
-            settings = _plain(group) | (_plain(ahead[o][g]) if ahead is not None else {})
+            settings = {**source.attributes, **_plain(group), **(_plain(ahead[o][g]) if ahead is not None else {})}
             if "lr" in settings:
                 settings["lr"] *= lr_scale
             for i, param in enumerate(group["params"]):
@@ -188,31 +224,43 @@ def _entries(
                     raise ValueError(f"Expected each parameter in one place, got {name!r} also as {seen[id(param)]!r}.")
                 seen[id(param)] = name
                 # .get: looking a parameter up in the defaultdict would create its state.
-                limit = _limit(rule, settings, param, optimizer.state.get(param, {})) if rule else None
+                state = _later(source.state.get(param, {}), settings.get("steps_ahead", 0))
+                limit = _limit(source.rule, settings, param, state)
                 yield _Entry(
                     param=param,
                     name=name,
-                    optimizer=type(optimizer).__name__,
                     position=o,
-                    begun=bool(optimizer.state),
-                    limit=limit,
-                    known=rule is not None,
+                    begun=bool(source.state),
+                    limit=None if isinstance(limit, str) else limit,
+                    unlimited=(f"{kind} ({limit})" if limit else kind) if isinstance(limit, str) else None,
                     maximize=bool(settings.get("maximize")),
+                    note=source.note,
                 )
 
 
-def _rule_of(optimizer: Optimizer) -> Rule | None:
+def source_of(optimizer: Optimizer) -> Source:
+    """Return how an optimizer is read: by the rule of its class, or as what it wraps or resembles."""
     cls = next((cls for cls in type(optimizer).__mro__ if cls in _RULES), None)
-    # A subclass with a step of its own is another optimizer. Unwrapped, because torch wraps `step` in a profiler hook.
-    if cls is None or inspect.unwrap(type(optimizer).step) is not inspect.unwrap(cls.step):
-        return None
-    return _RULES[cls]
+    if cls is not None and defines_step(type(optimizer)) is defines_step(cls):
+        return Source(_RULES[cls], optimizer.state)
+    found = (find(optimizer) for find in _FINDERS)
+    return next((source for source in found if source is not None), Source(None, optimizer.state))
 
 
-def _limit(rule: Rule, group: Group, param: Tensor, state: Mapping[str, Any]) -> Limit | None:
-    found = rule(group, param, state)
-    if found is None:
-        return None
+def defines_step(cls: type[Any]) -> Any:
+    """Return the function that steps: a subclass with a step of its own is another optimizer."""
+    return inspect.unwrap(cls.step)  # torch wraps `step` in a profiler hook
+
+
+def _later(state: Mapping[str, Any], steps: int) -> Mapping[str, Any]:
+    """Return a parameter's state with its step count moved on, all else as it stands."""
+    return {**state, "step": float(state["step"]) + steps} if steps and "step" in state else state
+
+
+def _limit(rule: Rule | None, group: Group, param: Tensor, state: Mapping[str, Any]) -> Limit | str | None:
+    found = "" if rule is None else rule(group, param, state)
+    if found is None or isinstance(found, (str, Limit)):
+        return found
     return Limit(*found) if isinstance(found, tuple) else Limit(found)
 
 
@@ -238,39 +286,3 @@ def _flat(values: Sequence[float | Tensor], params: Sequence[Tensor]) -> Tensor:
         else:
             piece.view(p.shape).copy_(torch.as_tensor(value).detach())
     return flat
-
-
-@register_critical_curvature(torch.optim.SGD)
-def _sgd(group: Group, param: Tensor, state: Mapping[str, Any]) -> Limit:
-    """2(1+γ)/(1−d) for heavy ball with dampening, (2+2γ)/(1+2γ) for Nesterov (Cohen et al. 2021, arXiv 2103.00065)."""
-    momentum = group["momentum"]
-    if group["nesterov"]:
-        threshold = (2 + 2 * momentum) / (1 + 2 * momentum)
-    elif momentum:
-        threshold = 2 * (1 + momentum) / (1 - group["dampening"]) if group["dampening"] < 1 else math.inf
-    else:
-        threshold = 2.0  # dampening has no effect without momentum
-    return Limit(_over_lr(threshold, group), group["weight_decay"], threshold)
-
-
-@register_critical_curvature(torch.optim.AdamW)
-@register_critical_curvature(torch.optim.Adam)
-def _adam(group: Group, param: Tensor, state: Mapping[str, Any]) -> Limit | None:
-    """(2+2β1)/(1−β1)·(1−β1ᵗ)·P/η with P frozen (Cohen et al. 2022, arXiv 2207.14484; bias corrections included)."""
-    if "exp_avg_sq" not in state:
-        return None
-    beta1, beta2 = group["betas"]
-    steps = float(state["step"])
-    t = steps + 1  # the step to come, with v as it stands
-    second_moment = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-    preconditioner = second_moment.double().sqrt() / math.sqrt(1 - beta2**t) + group["eps"]
-    threshold = 2 * (1 + beta1) / (1 - beta1) * (1 - beta1**t)
-    l2 = group["weight_decay"]
-    if group.get("decoupled_weight_decay"):
-        threshold, l2 = threshold * (1 - group["lr"] * group["weight_decay"] / 2), 0.0
-    c = _over_lr(1.0, group) * threshold * preconditioner
-    return Limit(c, l2, threshold, ready=steps > max(10.0, 3 / (1 - beta1)))
-
-
-def _over_lr(threshold: float, group: Group) -> float:
-    return threshold / group["lr"] if group["lr"] > 0 else math.inf

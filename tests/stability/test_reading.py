@@ -355,7 +355,7 @@ def test_other_changes_make_the_reading_stale(name: str) -> None:
 
 def test_group_without_a_threshold_does_not_move_the_edge_of_the_others() -> None:
     problem = make("unequal-batches")
-    unknown, known = torch.optim.RMSprop(ends(problem.module)[0], lr=0.1), SGD(ends(problem.module)[1], lr=0.1)
+    unknown, known = torch.optim.Rprop(ends(problem.module)[0], lr=0.1), SGD(ends(problem.module)[1], lr=0.1)
     before = measured(problem, [unknown, known])
     unknown.param_groups[0]["lr"] = 0.4
     after = before.at([unknown, known])
@@ -414,16 +414,16 @@ def test_young_adam_still_gets_the_sharpness_that_was_asked_for() -> None:
 
 def test_unknown_optimizer_has_no_edge() -> None:
     net = diagonal(4.0, 1.0)
-    found = read(net, torch.optim.RMSprop(net.parameters()))
+    found = read(net, torch.optim.Rprop(net.parameters()))
     assert all(getattr(found, field) is None for field in EDGE_FIELDS)
     assert found.threshold is None
     assert found.ready
-    assert found.notes == ("no known threshold for RMSprop",)
+    assert found.notes == ("no known threshold for Rprop (sign rule)",)
 
 
 def test_unknown_optimizer_still_gets_the_sharpness_that_was_asked_for() -> None:
     net = diagonal(4.0, 1.0, -9.0)
-    found = read(net, torch.optim.RMSprop(net.parameters()), raw_sharpness=True)
+    found = read(net, torch.optim.Rprop(net.parameters()), raw_sharpness=True)
     assert found.sharpness == pytest.approx(4.0, rel=1e-3)
 
 
@@ -434,7 +434,7 @@ def test_unknown_group_is_left_out_and_told() -> None:
         problem.module,
         problem.loss_fn,
         problem.batches,
-        [torch.optim.RMSprop(first), SGD(second, lr=0.5)],
+        [torch.optim.Rprop(first), SGD(second, lr=0.5)],
         rtol=1e-7,
         raw_sharpness=True,
     )
@@ -442,7 +442,7 @@ def test_unknown_group_is_left_out_and_told() -> None:
     n = sum(p.numel() for p in first)
     assert found.edge_ratio == pytest.approx(0.25 * float(torch.linalg.eigvalsh(exact[n:, n:])[-1]), rel=1e-6)
     assert found.sharpness == pytest.approx(float(torch.linalg.eigvalsh(exact)[-1]), rel=1e-6)
-    assert found.notes == ("no known threshold for RMSprop; the edge ratio speaks of the other groups",)
+    assert found.notes == ("no known threshold for Rprop (sign rule); the edge ratio speaks of the other groups",)
     assert (found.threshold, found.normalized_sharpness) == (None, None)
 
 
@@ -455,7 +455,7 @@ def test_group_left_out_leaves_room_for_its_own_eigenvalues_only(k: int) -> None
         both,
         lambda m, b: m[0](b) + m[1](b),
         ONE,
-        [SGD(net.parameters(), lr=2.0), torch.optim.RMSprop(rest.parameters())],
+        [SGD(net.parameters(), lr=2.0), torch.optim.Rprop(rest.parameters())],
         k=k,
         rtol=1e-9,
     )
