@@ -16,18 +16,20 @@ ROOM_FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "curvature": set(),
     "stability": {"curvature"},
+    "cfl": {"curvature", "stability"},
     "perturbation": {"curvature", "stability"},
     "optim": {"stability"},
     "alerts": {"stability"},
     "dashboard": set(),
-    "callbacks": {"curvature", "stability", "perturbation", "optim", "alerts", "dashboard"},
-    "lab": {"curvature", "stability", "perturbation", "optim", "alerts", "dashboard", "callbacks", ""},
+    "callbacks": {"curvature", "stability", "cfl", "perturbation", "optim", "alerts", "dashboard"},
+    "lab": {"curvature", "stability", "cfl", "perturbation", "optim", "alerts", "dashboard", "callbacks", ""},
     "cli": {"lab", ""},
     "": set(),
 }
 # outside package -> rooms that may import it
 OUTSIDE = {
-    "torch": {"curvature", "stability", "perturbation", "optim", "callbacks", "lab"},
+    "torch": {"curvature", "stability", "cfl", "perturbation", "optim", "callbacks", "lab"},
+    "torchmetrics": {"cfl"},
     "lightning": {"callbacks", "lab"},
     "pytorch_lightning": {"callbacks", "lab"},
     "lightning_fabric": {"callbacks", "lab"},

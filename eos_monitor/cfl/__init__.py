@@ -1,0 +1,1 @@
+"""Layer-wise stability: which layer drives it."""

@@ -1,0 +1,376 @@
+"""Following tensors from a layer's output to its activation, function call by function call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from eos_monitor.cfl.activations import Activation, is_activation, read_activation
+from eos_monitor.cfl.calls import LAYER_FUNCTIONS, ActivationCall, BatchNormCall, LayerCall, LossCall, Observer
+from eos_monitor.cfl.chains import ARITHMETIC, FOLLOWERS, Chain, extend
+from eos_monitor.curvature.sandbox import preserve_rng
+
+_LOSSES = ("cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "mse_loss")
+_DROPOUTS = ("dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d")
+# Functions that may stand between a layer and its activation -> what the path calls them; those with an empty name
+# change neither values nor shape.
+_BETWEEN = {
+    **dict.fromkeys(("contiguous", "clone", "alias"), ""),
+    **dict.fromkeys(("to", "type", "float", "double", "half", "bfloat16", "type_as"), "cast"),
+    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "permute", "transpose", "T", "mT", "t"), "reshape"),
+    **dict.fromkeys(("movedim", "swapaxes", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel"), "reshape"),
+    **dict.fromkeys(("moveaxis", "swapdims", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"), "reshape"),
+    **dict.fromkeys(("getitem", "chunk", "split", "tensor_split", "unbind", "narrow", "select"), "slice"),
+    **dict.fromkeys(_DROPOUTS, "dropout"),
+    **{name: name for name in ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")},
+    **dict.fromkeys(("add", "sub", "rsub"), "add"),
+    **dict.fromkeys(("mul", "div", "neg"), "scale"),
+    **{f"{kind}_pool{d}d": "pool" for d in (1, 2, 3) for kind in ("max", "avg", "adaptive_max", "adaptive_avg")},
+    **dict.fromkeys(("interpolate", "upsample"), "interpolate"),
+    "pad": "pad",
+}
+_SYNONYMS = {"multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "div"}
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+@dataclass(frozen=True, eq=False)
+class _Pending:
+    """A layer call whose output a tensor holds, changed by what ``via`` says."""
+
+    index: int
+    via: tuple[str, ...]
+    before: Tensor | None  # the tensor as it would be with the layer's previous parameters
+
+
+@dataclass(frozen=True, eq=False)
+class _Trace:
+    """What is known of a tensor that depends on a layer."""
+
+    pending: tuple[_Pending, ...] = ()
+    chain: Chain | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Claim:
+    """An activation that is about to run on what layers put out."""
+
+    pending: tuple[_Pending, ...]
+    activation: Activation | None
+    composed: bool  # in place of the activations that it is made of
+    obstacle: str = ""
+
+
+@dataclass(eq=False)
+class _Fate:
+    """What became of a layer's output."""
+
+    activation: ActivationCall | None = None
+    batch_norm: BatchNormCall | None = None
+    unclear: str = ""
+    ends: list[str] = field(default_factory=list)
+
+    def claim(self, call: ActivationCall, *, composed: bool) -> None:
+        if self.activation is None or composed:
+            self.activation = call
+        # A residual stream runs through every later activation too: the nearest is the layer's own.
+        elif len(call.via) <= len(self.activation.via):
+            self.unclear = (
+                f"several activations read its output ({self.activation.activation.name}, {call.activation.name})"
+            )
+
+    @property
+    def reason(self) -> str:
+        if self.unclear or self.activation is not None:
+            return self.unclear
+        ends = ", ".join(dict.fromkeys(self.ends))
+        return f"no elementwise activation follows ({f'but {ends}' if ends else 'its output is not seen again'})"
+
+
+class Tracer(TorchFunctionMode):
+    """Records layer calls, what follows them, and calls of loss functions, while it is entered.
+
+    Args:
+        names: Id of a weight as it is used -> name of its layer.
+        parameters: Live parameter -> tensor that is used for it.
+        observers: Told of each pre-activation while it is there.
+        previous: Live parameter -> its value before the last update.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        parameters: Mapping[Tensor, Tensor],
+        observers: Sequence[Observer],
+        previous: Mapping[Tensor, Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.loss_calls: list[LossCall] = []
+        self.output: Tensor | None = None
+        self.uses: dict[str, set[str]] = {}  # layer -> other functions that its weight went into
+        self.graphless: set[str] = set()
+        self._names, self._observers, self._previous = names, observers, previous
+        self._live = {id(stand_in): live for live, stand_in in parameters.items()}
+        self._calls: list[LayerCall] = []
+        self._fates: list[_Fate] = []
+        self._traces: Any = WeakTensorKeyDictionary()
+        self._graph = torch.is_grad_enabled()
+
+    def returned(self, value: Any) -> Any:
+        """Note what the root's forward returns."""
+        self.output = value if isinstance(value, Tensor) else None
+        return value
+
+    @property
+    def layers(self) -> list[LayerCall]:
+        """The layer calls, with what followed them."""
+        return [
+            replace(
+                call,
+                activation=None if fate.unclear else fate.activation,
+                batch_norm=fate.batch_norm,
+                reason=fate.reason,
+            )
+            for call, fate in zip(self._calls, self._fates, strict=True)
+        ]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = _function_name(func)
+        given = _arguments(name, args, kwargs)
+        if given is not None and id(given["weight"]) in self._names:
+            return self._layer(name, func, args, kwargs, given)
+        inputs = list(_tensors((args, kwargs)))
+        traces = {id(t): trace for t in inputs if (trace := self._trace(t)) is not None}
+        z = args[0] if args else kwargs.get("input")
+        chain = self._chain(name, func, args, kwargs, traces)
+        # All that looks at values comes first: the function may overwrite them.
+        claim = self._claim(name, z, args[1:], kwargs, traces, chain)
+        befores = self._befores(name, func, args, kwargs, traces)
+        out = func(*args, **kwargs)
+        outputs = [z] if name == "setitem" else list(_tensors(out))
+        if not outputs:
+            return out
+        for t in inputs:
+            if id(t) in self._names:
+                self.uses.setdefault(self._names[id(t)], set()).add(name)
+        if not traces:
+            return out
+        if claim is not None:
+            self._settle(claim, outputs[0])
+        if func is F.batch_norm:
+            self._note_batch_norm(args, kwargs, traces.get(id(z)), outputs[0])
+        label = _between(name, args, kwargs, traces) if claim is None else None
+        for t in inputs:
+            self._consume(
+                t, traces.get(id(t)), name, passed=label is not None or claim is not None, chained=chain is not None
+            )
+        # A function in place has written over what it would be a function of.
+        chain = None if chain is not None and any(o is chain.source for o in outputs) else chain
+        for k, o in enumerate(outputs):
+            passing = [
+                _Pending(p.index, (*p.via, label) if label else p.via, befores[p][k] if p in befores else None)
+                for trace in {id(trace): trace for trace in traces.values()}.values()
+                for p in trace.pending
+                if label is not None
+            ]
+            self._traces[o] = _Trace(tuple(passing), chain)
+        if name in _LOSSES:
+            self.loss_calls.append(LossCall(name, z, _edge(z), outputs[0]))
+        return out
+
+    def _layer(self, name: str, func: Any, args: Any, kwargs: Any, given: Mapping[str, Any]) -> Tensor:
+        x, weight, bias = given["input"], given["weight"], given.get("bias")
+        for t in (x, bias):
+            if isinstance(t, Tensor):
+                self._consume(t, self._trace(t), name, passed=False, chained=False)
+        z: Tensor = func(*args, **kwargs)
+        layer = self._names[id(weight)]
+        if self._graph and not z.requires_grad:
+            self.graphless.add(layer)
+            return z
+        options = {key: given[key] for key in LAYER_FUNCTIONS[name] if key in given}
+        call = LayerCall(
+            layer,
+            len(self._calls),
+            name,
+            options,
+            x,
+            weight,
+            bias,
+            self._live[id(weight)],
+            _edge(z),
+            z.shape,
+            z.dtype,
+        )
+        self._calls.append(call)
+        self._fates.append(_Fate())
+        self._traces[z] = _Trace((_Pending(call.index, (), self._before(call)),))
+        return z
+
+    def _before(self, call: LayerCall) -> Tensor | None:
+        """Return the layer's output with its previous weight and bias."""
+        if self._previous is None:
+            return None
+
+        def old(t: Tensor) -> Tensor:
+            live = self._live.get(id(t))
+            value = t if live is None or self._previous is None else self._previous.get(live, t)
+            return value.detach().to(t)
+
+        with torch.no_grad():
+            return call.apply(old(call.weight), None if call.bias is None else old(call.bias))
+
+    def _trace(self, t: Tensor) -> _Trace | None:
+        known: _Trace | None = self._traces.get(t)
+        # One that is not known has been computed out of sight, by an autograd.Function.
+        return _Trace() if known is None and t.grad_fn is not None and id(t) not in self._names else known
+
+    def _chain(self, name: str, func: Any, args: Any, kwargs: Any, traces: Mapping[int, _Trace]) -> Chain | None:
+        """Return the result as an elementwise function of one tensor, if it is one."""
+        if not (is_activation(name) or name in FOLLOWERS or name in ARITHMETIC):
+            return None
+        chains = {id(t): traces[id(t)].chain or Chain.identity(t) for t in _tensors((args, kwargs)) if id(t) in traces}
+        return extend(name, func, args, kwargs, chains) if chains else None
+
+    def _claim(
+        self, name: str, z: Any, args: Any, kwargs: Any, traces: Mapping[int, _Trace], chain: Chain | None
+    ) -> _Claim | None:
+        """Tell the observers if an activation is about to run on the outputs of layers."""
+        if chain is None:
+            return None
+        if chain.composed:
+            source = self._trace(chain.source)
+            pending, value = (source.pending if source else ()), chain.source
+            activation: Activation | None = chain.activation()
+        elif is_activation(name) and id(z) in traces:
+            pending, value = traces[id(z)].pending, z
+            activation = read_activation(name, args, kwargs)
+        else:
+            return None
+        if not pending:
+            return None
+        why = _obstacle(name, activation, chain)
+        if activation is None or why:
+            return _Claim(pending, None, chain.composed, why)
+        with torch.no_grad():
+            for p in pending:
+                for observer in self._observers:
+                    observer(self._calls[p.index], activation, value, p.before)
+        return _Claim(pending, activation, chain.composed)
+
+    def _settle(self, claim: _Claim, out: Tensor) -> None:
+        for p in claim.pending:
+            if claim.activation is None:
+                self._fates[p.index].unclear = claim.obstacle
+            else:
+                call = ActivationCall(claim.activation, p.via, _edge(out), out.shape)
+                self._fates[p.index].claim(call, composed=claim.composed)
+
+    def _consume(self, t: Tensor, trace: _Trace | None, name: str, *, passed: bool, chained: bool) -> None:
+        """Note that a function that leads no further took a tensor."""
+        if trace is None:
+            return
+        if not passed:
+            for p in trace.pending:
+                self._fates[p.index].ends.append(name)
+        if trace.chain is not None and not chained:
+            self._traces[t] = _Trace(trace.pending)  # the chain keeps its source alive
+
+    def _befores(
+        self, name: str, func: Any, args: Any, kwargs: Any, traces: Mapping[int, _Trace]
+    ) -> dict[_Pending, list[Tensor]]:
+        """Run a function that lies between once more for each layer, on what was there before the last update."""
+        if self._previous is None or name not in _BETWEEN:
+            return {}
+        found = {}
+        for t in _tensors((args, kwargs)):
+            for p in traces[id(t)].pending if id(t) in traces else ():
+                if p.before is not None:
+                    # The same dropout mask as in the call itself; copies, as it may write to its arguments.
+                    with preserve_rng(), torch.no_grad():
+                        replay = _replaced((args, kwargs), t, p.before)
+                        found[p] = list(_tensors(func(*replay[0], **replay[1])))
+        return found
+
+    def _note_batch_norm(self, args: Any, kwargs: Any, trace: _Trace | None, out: Tensor) -> None:
+        given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
+        for p in trace.pending if trace is not None and given.get("training") else ():
+            if p.via == ():
+                note = BatchNormCall(given.get("weight"), given.get("eps", 1e-5), _edge(out))
+                self._fates[p.index].batch_norm = note
+
+
+def _obstacle(name: str, activation: Activation | None, chain: Chain) -> str:
+    """Return why the regimes of an activation cannot be told, or nothing."""
+    if activation is None:
+        return f"the regimes of this {name} cannot be told"
+    if chain.composed and chain.source._version != chain.version:
+        return f"its activation ends in {name}, when the values it began with are overwritten"
+    try:
+        return "" if activation.partition else ""
+    except ValueError as error:
+        return f"the regimes of its activation cannot be told ({error})"
+
+
+def _arguments(name: str, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments of a layer's function by name; None for other functions."""
+    if name not in LAYER_FUNCTIONS:
+        return None
+    given = dict(zip(("input", "weight", "bias", *LAYER_FUNCTIONS[name]), args, strict=False)) | dict(kwargs)
+    return given if "weight" in given else None
+
+
+def _between(name: str, args: Any, kwargs: Mapping[str, Any], traces: Mapping[int, _Trace]) -> str | None:
+    """Return what a path through a function calls it; None if no path leads through it."""
+    if name in ("mul", "div"):
+        computed = [t for t in _tensors((args, kwargs)) if id(t) in traces]
+        # A gate; a reciprocal is none of a layer's output either.
+        if len(computed) > 1 or (name == "div" and computed[0] is not args[0]):
+            return None
+    if name in _DROPOUTS:
+        given = dict(zip(("input", "p", "training"), args, strict=False)) | dict(kwargs)
+        if not given.get("training", True) or given.get("p", 0.5) == 0.0:
+            return ""
+    return _BETWEEN.get(name)
+
+
+def _function_name(func: Any) -> str:
+    """Return the name that a function, its method, its form in place and its operator have in common."""
+    name: str = getattr(func, "__name__", "")
+    if name == "__get__":  # of an attribute of tensors, such as T
+        name = getattr(func.__self__, "__name__", "")
+    name = name.partition(".")[0].strip("_")
+    return _SYNONYMS.get(name, name)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
+    """Copy arguments with one tensor in the place of another."""
+    if isinstance(value, Tensor):
+        return (new if value is old else value).detach().clone()
+    if type(value) in (list, tuple):
+        return type(value)(_replaced(item, old, new) for item in value)
+    if isinstance(value, dict):
+        return {key: _replaced(item, old, new) for key, item in value.items()}
+    return value
+
+
+def _edge(t: Tensor) -> GradientEdge | None:
+    return get_gradient_edge(t) if t.requires_grad else None
