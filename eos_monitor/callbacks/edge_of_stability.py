@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from eos_monitor.alerts.alert import alert_of
 from eos_monitor.alerts.sinks import Sink, check_alerts
 from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.callbacks._compat import Callback
+from eos_monitor.callbacks.look_ahead import LookAhead
 from eos_monitor.callbacks.losses import resolve_loss
 from eos_monitor.callbacks.occasion import Occasion
 from eos_monitor.callbacks.outputs import (
@@ -33,6 +35,7 @@ from eos_monitor.dashboard.report import run_report
 from eos_monitor.stability.detector import Verdict
 from eos_monitor.stability.engine import Engine, Ranks
 from eos_monitor.stability.gauge import Gauge
+from eos_monitor.stability.lookahead import edge_ratio_at
 from eos_monitor.stability.reading import Measurement, StabilityReading
 
 if TYPE_CHECKING:
@@ -63,6 +66,9 @@ class EdgeOfStabilityMonitor(Callback):
     ``eos/sharpness``             λ_max(H)
     ``eos/edge_scale``            factor on all learning rates at which the edge ratio would be 1
     ``eos/edge_lr[/<group>]``     learning rates at the full-batch edge
+    ``eos/edge_ratio_next``       edge ratio at the settings that the scheduler will have made for the next step
+    ``eos/batch_sharpness``       curvature along minibatch gradients: under SGD this, not λ_max, settles at 2/lr
+    ``eos/directional_ratio``     uᵀHu / (−2 gᵀu) along the update, where an optimizer has no threshold
     ``eos/verdict``               −1 unknown, 0 warming up, 1 stable, 3 edge, 5 diverging
     ``eos/matvecs``               Hessian-vector products of the reading
     ``eos/overhead``              the monitor's share of the training time so far
@@ -247,6 +253,7 @@ class EdgeOfStabilityMonitor(Callback):
             )
             self._engine.forget_verdict()
         self._watched_before = None
+        self._ahead = LookAhead(trainer, pl_module)
         self._engine.schedule.begin(_step(trainer))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -255,6 +262,7 @@ class EdgeOfStabilityMonitor(Callback):
             return
         with self._engine.schedule.own_time():
             self._collect(trainer, batch, batch_idx)
+            self._batch_idx = batch_idx
             step = _step(trainer)
             if step == self._window:
                 return
@@ -267,7 +275,11 @@ class EdgeOfStabilityMonitor(Callback):
         """Read the learning rates that the step uses."""
         if self._active and self._pending is not None and self._finished is None:
             with self._engine.schedule.own_time():
-                self._finished = self._pending.at(trainer.optimizers)
+                settings = self._ahead.after(1, self._batch_idx)
+                self._finished = replace(
+                    self._pending.at(trainer.optimizers),
+                    edge_ratio_next=edge_ratio_at(self._pending, trainer.optimizers, settings),
+                )
                 for companion in self.companions:
                     companion.guard(partial(companion.settle, trainer.optimizers))
 
@@ -334,6 +346,7 @@ class EdgeOfStabilityMonitor(Callback):
                 step=step,
                 batch=batch,
                 full_batch=self._is_full_batch(trainer),
+                accumulate=trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1,
                 sandbox=TrainerSandbox(trainer, pl_module),
             )
             self._companions_measure(trainer, pl_module, batch, step, measurement)

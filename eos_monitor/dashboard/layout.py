@@ -18,9 +18,10 @@ def custom_scalars_layout(prefix: str = "eos") -> dict[str, dict[str, list[str |
 
     return {
         "Edge of stability": {
-            "edge ratio (1 is the full-batch edge)": lines("edge_ratio"),
+            "edge ratio (1 is the full-batch edge)": lines("edge_ratio", "edge_ratio_next"),
             "normalized sharpness and its threshold": lines("normalized_sharpness", "threshold"),
-            "sharpness": lines("sharpness"),
+            "sharpness, and that along minibatch gradients": lines("sharpness", "batch_sharpness"),
+            "directional ratio (optimizers without a threshold)": lines("directional_ratio"),
             "verdict (1 stable, 3 edge, 5 diverging)": lines("verdict"),
             "error of the edge ratio": lines("error"),
             "cost: products per reading": lines("matvecs"),

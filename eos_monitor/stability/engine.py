@@ -125,6 +125,7 @@ class Engine:
         step: int,
         batch: Any,
         full_batch: bool,
+        accumulate: int = 1,
         sandbox: Sandbox | None = None,
     ) -> Measurement | None:
         """Take a reading; None if it failed."""
@@ -138,6 +139,7 @@ class Engine:
                 optimizers,
                 step=step,
                 full_batch=full_batch,
+                accumulate=accumulate,
                 sandbox=sandbox,
                 sum_over_ranks=self.ranks.sum,
             )

@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 
 from eos_monitor.curvature.hessian import FiniteDifferenceStep, HessianOperator, SumOverRanks
 from eos_monitor.curvature.lanczos import Spectrum, lanczos_recycled
-from eos_monitor.curvature.sandbox import LossFn, Sandbox
+from eos_monitor.curvature.sandbox import LossFn, Sandbox, preserve_rng
 from eos_monitor.stability.edge_scale import edge_scale, shortened
 from eos_monitor.stability.reading import Measurement, StabilityReading
+from eos_monitor.stability.state_gauges import with_state_gauges
 from eos_monitor.stability.thresholds import CriticalCurvature, critical_curvature, learning_rates
 
 # A cold start stopped at 1e-3 sat on the second eigenvalue of {1, 0.98, bulk} in 4 of 200 seeded runs (n = 2,000), at
@@ -93,11 +94,14 @@ class Gauge:
         *,
         step: int,
         full_batch: bool,
+        accumulate: int = 1,
         sandbox: Sandbox | None = None,
         sum_over_ranks: SumOverRanks | None = None,
     ) -> Measurement:
         """Take one reading at the module's present parameters."""
         began = time.perf_counter()
+        with preserve_rng():  # a DataLoader's iterator draws its seed from the global generator
+            batches = list(batches)
 
         def prepare() -> tuple[CriticalCurvature, HessianOperator]:
             curvature = critical_curvature(optimizers)
@@ -129,18 +133,26 @@ class Gauge:
                 reading, mode = self._with_edge(reading, operator, curvature, optimizers)
             if self._raw and reading.sharpness is None and not self.products_are_wrong:
                 reading = self._with_raw_sharpness(reading, operator, curvature)
+            if curvature.without_threshold:  # a product will be taken along the update
+                self._check_products(operator, self._random.vector(operator))
             loss = operator.loss if operator.loss is not None else operator.evaluate()
             self._step = operator.step
-        return Measurement(
-            replace(
+        reading = replace(reading, loss=loss, notes=self._notes(curvature, operator))
+        if curvature.ready and not self.products_are_wrong:
+            reading = with_state_gauges(
                 reading,
-                loss=loss,
-                seconds=time.perf_counter() - began,
-                notes=self._notes(curvature, operator),
-            ),
-            curvature,
-            mode,
-        )
+                module,
+                loss_fn,
+                batches,
+                optimizers,
+                without_threshold=bool(curvature.without_threshold),
+                accumulate=accumulate,
+                method=operator.method,
+                batch_size_fn=self._batch_size_fn,
+                sandbox=sandbox,
+                sum_over_ranks=sum_over_ranks,
+            )
+        return Measurement(replace(reading, seconds=time.perf_counter() - began), curvature, mode)
 
     def _with_edge(
         self,

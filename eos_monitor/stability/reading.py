@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from eos_monitor.curvature.batch_sharpness import batch_sharpness_limits
 from eos_monitor.stability.edge_scale import edge_scale_along
 from eos_monitor.stability.thresholds import CriticalCurvature, critical_curvature, learning_rates
 
@@ -111,6 +112,7 @@ class Measurement:
         return replace(
             reading,
             lr=lr,
+            batch_sharpness_limits=None if reading.batch_sharpness is None else batch_sharpness_limits(optimizers),
             edge_ratio=ratio,
             eigenvalues=tuple(s * value for value in reading.eigenvalues or ()),
             error=None if reading.error is None else s * reading.error,

@@ -293,8 +293,11 @@ CASES: dict[str, Case] = {
     ),
     "amsgrad": Case(optimizer=lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True), trainer=_WARM),
     "lbfgs": Case(optimizer=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3), readings=0),
-    "nadam": Case(optimizer=lambda p: torch.optim.NAdam(p, lr=0.01), readings=0),
-    "rmsprop": Case(optimizer=lambda p: torch.optim.RMSprop(p, lr=0.01), monitor={"raw_sharpness": True}, readings=0),
+    "nadam": Case(optimizer=lambda p: torch.optim.NAdam(p, lr=0.01), trainer=_WARM),
+    "rmsprop": Case(optimizer=lambda p: torch.optim.RMSprop(p, lr=0.01), monitor={"raw_sharpness": True}),
+    "without a threshold": Case(
+        optimizer=lambda p: torch.optim.Rprop(p, lr=0.01), monitor={"raw_sharpness": True}, readings=0
+    ),
     "manual-one-optimizer": Case(body=one_manual_optimizer, monitor={"loss_fn": cross_entropy}),
     "manual-two-optimizers": Case(
         body=two_manual_optimizers, optimizers=halves, monitor={"loss_fn": cross_entropy}, trainer=_WARM

@@ -50,7 +50,7 @@ def test_layout_tags_match_one_key_each() -> None:
     matches = {key: [tag for tag in tags_of(custom_scalars_layout()) if re.search(tag, key)] for key in keys}
     assert matches == {
         "eos/edge_ratio": ["^eos/edge_ratio$"],
-        "eos/edge_ratio_next": [],
+        "eos/edge_ratio_next": ["^eos/edge_ratio_next$"],
         "eos/sharpness": ["^eos/sharpness$"],
         "eos/normalized_sharpness": ["^eos/normalized_sharpness$"],
         "neos/sharpness": [],
