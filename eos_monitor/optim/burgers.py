@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eos_monitor.optim.relaxation import Closure, Part, Relaxation, descend, put
-from eos_monitor.optim.response import first_unstable, grows, sgd_limit, spring_map
+from eos_monitor.optim.response import NOTE, first_unstable, grows, sgd_limit, spring_map
 from eos_monitor.stability.thresholds import Limit, register_critical_curvature
 
 
@@ -104,13 +104,13 @@ class BurgersSGD(Relaxation):
                 descend(part, buffer, lr=group["lr"], momentum=group["inner_momentum"])
                 if group["viscosity"]:
                     for p in (p for p in part.params if p.grad is not None):
-                        p.add_(self._noise(p), alpha=math.sqrt(2 * group["viscosity"] * group["lr"]))
+                        p.add_(self._noise(p), alpha=math.sqrt(2 * group["viscosity"] * float(group["lr"])))
         for part, buffer in zip(parts, buffers, strict=True):
             for p, x, velocity in zip(part.params, part.anchors, buffer, strict=True):
                 self.state[p]["y"] = p.clone()
                 if velocity is not None:
                     self.state[p]["momentum_buffer"] = velocity
-                p.copy_(x.lerp(p, part.group["lr"] / part.group["gamma"]))
+                p.copy_(x.lerp(p, float(part.group["lr"]) / part.group["gamma"]))
         return first
 
 
@@ -121,7 +121,7 @@ def _burgers(group: Mapping[str, Any], param: Tensor, state: Mapping[str, Any]) 
     Exact for the full batch, no noise, and one group: in other bases than the Hessian's, groups do not commute.
     """
     keys = ("lr", "gamma", "evaluations", "inner_momentum")
-    return Limit(_critical(*(group[key] for key in keys)), group["weight_decay"])
+    return Limit(_critical(*(group[key] for key in keys)), group["weight_decay"], note=NOTE)
 
 
 @lru_cache(maxsize=64)

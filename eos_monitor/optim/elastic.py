@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eos_monitor.optim.relaxation import Closure, Part, Relaxation, descend, put
-from eos_monitor.optim.response import first_unstable, grows, sgd_limit, spring_map
+from eos_monitor.optim.response import NOTE, first_unstable, grows, sgd_limit, spring_map
 from eos_monitor.stability.thresholds import Limit, register_critical_curvature
 
 
@@ -170,7 +170,7 @@ def _elastic(group: Mapping[str, Any], param: Tensor, state: Mapping[str, Any]) 
     Exact for the full batch and one group: in other bases than the Hessian's, groups do not commute.
     """
     keys = ("lr", "gamma", "moving_rate", "evaluations", "momentum", "nesterov")
-    return Limit(_critical(*(group[key] for key in keys), _lone(group)), group["weight_decay"])
+    return Limit(_critical(*(group[key] for key in keys), _lone(group)), group["weight_decay"], note=NOTE)
 
 
 def _lone(group: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eos_monitor.optim.relaxation import Closure, Part, Relaxation, descend
-from eos_monitor.optim.response import first_unstable, sgd_limit
+from eos_monitor.optim.response import NOTE, first_unstable, sgd_limit
 from eos_monitor.stability.thresholds import Limit, register_critical_curvature
 
 
@@ -106,11 +106,11 @@ class EntropySGD(Relaxation):
                 descend(part, buffer, lr=group["inner_lr"], momentum=group["inner_momentum"])
                 for p, z in zip(part.params, average, strict=True):
                     if group["temperature"] and p.grad is not None:
-                        p.add_(self._noise(p), alpha=math.sqrt(2 * group["inner_lr"] * group["temperature"]))
+                        p.add_(self._noise(p), alpha=math.sqrt(2 * float(group["inner_lr"]) * group["temperature"]))
                     z.lerp_(p, 1 - group["averaging"])  # exact where p is z
         for part, average in zip(parts, averages, strict=True):
             for p, x, z in zip(part.params, part.anchors, average, strict=True):
-                p.copy_(x.lerp(z, part.group["lr"] / part.group["gamma"]))
+                p.copy_(x.lerp(z, float(part.group["lr"]) / part.group["gamma"]))
         return first
 
 
@@ -121,7 +121,7 @@ def _entropy_sgd(group: Mapping[str, Any], param: Tensor, state: Mapping[str, An
     Exact for the full batch, no noise, and one group: in other bases than the Hessian's, groups do not commute.
     """
     keys = ("lr", "inner_lr", "gamma", "averaging", "evaluations", "inner_momentum")
-    return Limit(_critical(*(group[key] for key in keys)), group["weight_decay"])
+    return Limit(_critical(*(group[key] for key in keys)), group["weight_decay"], note=NOTE)
 
 
 @lru_cache(maxsize=64)

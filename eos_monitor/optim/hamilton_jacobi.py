@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eos_monitor.optim.relaxation import Closure, Part, Relaxation, gradient, put
-from eos_monitor.optim.response import first_unstable, sgd_limit
+from eos_monitor.optim.response import NOTE, first_unstable, sgd_limit
 from eos_monitor.stability.thresholds import Limit, register_critical_curvature
 
 
@@ -120,7 +120,7 @@ def _hamilton_jacobi(group: Mapping[str, Any], param: Tensor, state: Mapping[str
     Exact for the full batch and one group: in other bases than the Hessian's, groups do not commute.
     """
     keys = ("lr", "gamma", "averaging", "evaluations", "momentum", "nesterov")
-    return Limit(_critical(*(group[key] for key in keys)), group["weight_decay"])
+    return Limit(_critical(*(group[key] for key in keys)), group["weight_decay"], note=NOTE)
 
 
 @lru_cache(maxsize=64)

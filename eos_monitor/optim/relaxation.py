@@ -157,6 +157,8 @@ class Relaxation(Optimizer):
         for name in _COMMON:
             if name in group and group[name] != self.param_groups[0][name]:
                 raise ValueError(f"Expected {name} to be the same in all groups, got {group[name]!r} in one.")
+        if group.get("nesterov") and not group["momentum"]:
+            raise ValueError(f"Expected momentum > 0 with nesterov=True, got {group['momentum']!r}.")
         if any(p.is_complex() for p in group["params"]):
             raise ValueError("Expected real parameters, got complex ones. Train their torch.view_as_real.")
 
@@ -177,8 +179,18 @@ class Relaxation(Optimizer):
     def _sgd(self, group: Group, params: list[Tensor], gradients: list[Tensor], weight_decay: float) -> None:
         """Make torch's SGD step, with the momentum buffers in the state."""
         buffers = self._buffers(params)
-        settings = {key: group[key] for key in ("lr", "momentum", "nesterov", "foreach")}
-        sgd(params, gradients, buffers, weight_decay=weight_decay, dampening=0.0, maximize=False, **settings)
+        sgd(
+            params,
+            gradients,
+            buffers,
+            foreach=group["foreach"],
+            lr=float(group["lr"]),
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            weight_decay=weight_decay,
+            dampening=0.0,
+            maximize=False,
+        )
         if group["momentum"]:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
@@ -235,7 +247,7 @@ def descend(part: Part, buffers: list[Tensor | None], *, lr: float, momentum: fl
         gradients,
         held,
         foreach=group["foreach"],
-        lr=lr,
+        lr=float(lr),
         momentum=momentum,
         nesterov=nesterov,
         weight_decay=0.0,

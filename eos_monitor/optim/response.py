@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+NOTE = "edge of the step with full batches and without noise; with several groups, approximate"
 _POINTS = 512
 
 

@@ -128,7 +128,7 @@ def test_run_continues_bit_for_bit_from_a_state_dict(name: str) -> None:
     torch.save([first.net.state_dict(), first.optimizer.state_dict()], file)
     file.seek(0)
     net_state, optimizer_state = torch.load(file, weights_only=True)
-    second = run(name)
+    second = run(name, lr=0.05)  # the checkpoint has to bring the settings back
     second.net.load_state_dict(net_state)
     if second.optimizer.generator is not None:
         second.optimizer.generator.manual_seed(99)  # the checkpoint has to bring it back
@@ -194,6 +194,14 @@ def test_scheduler(name: str) -> None:
     assert step.optimizer.param_groups[0]["lr"] == start
     step()
     assert not same(weights(step.net), before)
+
+
+@every
+def test_tensor_learning_rate_is_its_value(name: str) -> None:
+    # 2^-3 is the same number in single precision.
+    number, tensor = run(name, lr=0.125), run(name, lr=torch.tensor(0.125))
+    number(3), tensor(3)
+    assert same(weights(number.net), weights(tensor.net))
 
 
 @every
@@ -308,8 +316,19 @@ CLASSES = (EntropySGD, HamiltonJacobi, HeatSmoothing, BurgersSGD, ElasticSGD)
     [(c, name, v) for c in CLASSES for name, bad in INVALID.items() if name in signature(c).parameters for v in bad],
 )
 def test_invalid_setting_is_named(cls: Any, setting: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"Expected {setting} to be a .*, got {value}"):
+    message = f"^Expected {setting} to be a .*, got {value}"
+    with pytest.raises(ValueError, match=message):
         cls([nn.Parameter(torch.ones(1))], **{setting: value})
+    optimizer = cls([nn.Parameter(torch.ones(1))])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], setting: value})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("cls", [HamiltonJacobi, HeatSmoothing, ElasticSGD])
+def test_nesterov_without_momentum_is_refused(cls: Any) -> None:
+    with pytest.raises(ValueError, match="Expected momentum > 0 with nesterov=True, got 0"):
+        cls([nn.Parameter(torch.ones(1))], nesterov=True)
 
 
 @pytest.mark.parametrize("cls", [EntropySGD, HamiltonJacobi, BurgersSGD, ElasticSGD])
