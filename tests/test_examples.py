@@ -10,7 +10,10 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # example -> arguments of `main` that keep it short
-SETTINGS: dict[str, dict[str, Any]] = {"quickstart": {"max_epochs": 4}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "quickstart": {"max_epochs": 4},
+    "compare_optimizers": {"seeds": 2, "epochs": 1},
+}
 
 
 def test_every_example_is_here() -> None:
@@ -36,3 +39,10 @@ def test_quickstart_tells_and_leaves_what_it_promises(workplace: Path, capsys: p
     names = {path.name for path in folder.iterdir()}
     assert {"eos_readings.jsonl", "eos_run.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
+
+
+def test_comparison_makes_its_table_and_picture(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = run("compare_optimizers")
+    assert table in capsys.readouterr().out
+    assert "| Entropy-SGD |" in table
+    assert (workplace / "compare_optimizers.png").stat().st_size > 10_000
