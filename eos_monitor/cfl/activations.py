@@ -5,9 +5,9 @@ A pre-activation z is *transitioning* where :math:`|r''(z)| \ge \tfrac12 \max |r
 there z is transitioning within a reach that the caller names.
 
 References:
-    Sun, Lao, Sundaramoorthi, Yezzi, "Surprising Instabilities in Training Deep Networks and a Theoretical Analysis",
-    2022, arXiv:2206.02001, section 5.4 and table 3, which tells the regimes of Swish apart by K*I ≫ 0, ≈ 0 and ≪ 0
-    without naming a border.
+    Sun, Lao, Yezzi, Sundaramoorthi, "A PDE-based Explanation of Extreme Numerical Sensitivities and Edge of
+    Stability in Training Neural Networks", arXiv 2206.02001, section 5.4 and table 3, which tells the regimes of Swish
+    apart by K*I ≫ 0, ≈ 0 and ≪ 0 without naming a border.
 """
 
 from __future__ import annotations

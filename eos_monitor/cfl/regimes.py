@@ -113,8 +113,8 @@ class ActivationRegimes(Metric):
         {'0': [0.25, 0.5, 0.25]}
 
     References:
-        Sun, Lao, Sundaramoorthi, Yezzi, "Surprising Instabilities in Training Deep Networks and a Theoretical
-        Analysis", 2022, arXiv:2206.02001, section 5.4, table 3, appendix D.5.
+        Sun, Lao, Yezzi, Sundaramoorthi, "A PDE-based Explanation of Extreme Numerical Sensitivities and Edge of
+        Stability in Training Neural Networks", arXiv 2206.02001, section 5.4, table 3, appendix D.5.
     """
 
     full_state_update = False
