@@ -620,14 +620,6 @@ class Custom(Optimizer):
                 p.data -= group["lr"] * (p.grad + group["decay"] * p.data) * torch.arange(1, p.numel() + 1)
 
 
-@pytest.fixture
-def registry() -> Any:
-    before = dict(_RULES)
-    yield
-    _RULES.clear()
-    _RULES.update(before)
-
-
 @pytest.mark.usefixtures("registry")
 def test_registered_rule_gives_c_and_decay() -> None:
     seen = []
