@@ -1,0 +1,81 @@
+"""T of layers that no closed form serves: the curvature between a layer's output and the next layers.
+
+In a second evaluation, from the same random state, each layer's output is cut off from what produced it, while its
+uncut value counts for what the first evaluation found the loss's gradient in it to be. What is left of the Hessian
+of that sum is block-diagonal by construction: only the operations between a layer and the next ones are in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.overrides import TorchFunctionMode
+
+from eos_monitor.cfl.linear_maps import LAYER_OPS
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """The operations between one call of a layer and the next layers."""
+
+    z: Tensor  # the layer's output, cut off
+    gradient: Tensor  # of the cut loss in z, with its graph
+
+
+class CutMode(TorchFunctionMode):
+    """Cuts the graph at every layer.
+
+    Args:
+        weights: Ids of the tensors that are layers' weights in this evaluation.
+        gradients: Number of the call -> gradient of the loss in its output.
+    """
+
+    def __init__(self, weights: set[int], gradients: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._weights, self._gradients = weights, gradients
+        self._outputs: list[Tensor] = []
+        self._ends: list[Tensor] = []
+        self._gradients_of_ends: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        is_layer = getattr(func, "__name__", "") in LAYER_OPS and id(weight) in self._weights
+        if not (is_layer and torch.is_grad_enabled()):
+            return result
+        gradient = self._gradients.get(len(self._outputs))
+        if result.requires_grad and gradient is not None:
+            self._ends.append(result)
+            self._gradients_of_ends.append(gradient)
+        cut = result.detach().requires_grad_()
+        self._outputs.append(cut)
+        return cut.clone()  # what follows may work in place, which a leaf forbids
+
+    def segments(self, out: GradientEdge, gradient: Tensor, wanted: set[int]) -> dict[int, Segment]:
+        """Return the segments behind the wanted calls that have curvature.
+
+        Args:
+            out: Where the tensor that the loss is a function of is in this evaluation's graph.
+            gradient: Gradient of the loss in it.
+            wanted: Numbers of the calls.
+        """
+        outputs = {number: self._outputs[number] for number in wanted}
+        ends: list[Any] = [*self._ends, out]
+        found = torch.autograd.grad(
+            ends,
+            list(outputs.values()),
+            [*self._gradients_of_ends, gradient],
+            create_graph=True,
+            allow_unused=True,
+        )
+        return {
+            number: Segment(z, g)
+            for (number, z), g in zip(outputs.items(), found, strict=True)
+            if g is not None and g.requires_grad
+        }

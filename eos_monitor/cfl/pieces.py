@@ -1,0 +1,387 @@
+r"""T + GN of every layer, from one or two evaluations of the loss.
+
+With P the map from a layer's weight to its output, g the gradient of a probe's projection on the net's output, and
+T_z the curvature between the layer's output and the next layers,
+
+.. math:: (T + GN_m)\, v = P^\top \bigl(T_z P v + \tfrac1m \sum_r s_r g^{(r)}\bigr), \quad
+          s_{n,r} = \langle g^{(r)}_n, (P v)_n \rangle,
+
+one application of the layer and one weight gradient for T and all probes together, over the samples n. No vector of
+the weight's size is made for a sample.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from eos_monitor.cfl.activations import Activation
+from eos_monitor.cfl.capture import Capture, LayerCall, Observer, capture
+from eos_monitor.cfl.coupling import Surroundings, reaches_around, surroundings
+from eos_monitor.cfl.cut_graph import CutMode, Segment
+from eos_monitor.cfl.gauss_newton import NotSeparableError, output_probes
+from eos_monitor.cfl.linear_maps import WeightMap
+from eos_monitor.cfl.paper_bound import PaperBound, paper_bound
+from eos_monitor.cfl.regimes import RegimeCounter
+from eos_monitor.curvature.sandbox import LossFn, Sandbox
+
+
+@dataclass(frozen=True, eq=False)
+class _BatchStatistics:
+    """Jacobian of a batch normalization in train mode; it is its own transpose."""
+
+    normalized: Tensor
+    scale: Tensor  # γ/σ, one a channel
+
+    @classmethod
+    def of(cls, call: LayerCall) -> _BatchStatistics:
+        norm = call.batch_norm
+        assert norm is not None
+        with torch.no_grad():
+            z = call.apply(call.weight.detach(), call.bias)
+            axes = [axis for axis in range(z.ndim) if axis != 1]
+            deviation = (z.var(axes, unbiased=False, keepdim=True) + norm.eps).rsqrt()
+            normalized = (z - z.mean(axes, keepdim=True)) * deviation
+            gain = 1.0 if norm.weight is None else norm.weight.detach().view_as(deviation)
+            return cls(normalized, gain * deviation)
+
+    def apply(self, t: Tensor) -> Tensor:
+        axes = [axis for axis in range(t.ndim) if axis != 1]
+        along = self.normalized * (self.normalized * t).mean(axes, keepdim=True)
+        return self.scale * (t - t.mean(axes, keepdim=True) - along)
+
+
+@dataclass(eq=False)
+class _Use:
+    """One call of a layer on one batch."""
+
+    weight_map: WeightMap
+    probes: Tensor  # (samples, m, entries of z in one sample)
+    bend: Tensor | None  # r″(z) ∂L/∂h
+    statistics: _BatchStatistics | None
+    segment: Segment | None = None
+
+    def project(self, y: Tensor) -> Tensor:
+        """Return s, ``(samples, m)``."""
+        y = y if self.statistics is None else self.statistics.apply(y)
+        return torch.bmm(self.probes, y.reshape(len(self.probes), -1, 1))[..., 0]
+
+    def spread(self, s: Tensor, y: Tensor) -> Tensor:
+        """Return (1/m) Σ s g of y's shape."""
+        c = torch.bmm(s[:, None], self.probes).reshape(y.shape) / s.shape[1]
+        return c if self.statistics is None else self.statistics.apply(c)
+
+
+@dataclass(eq=False)
+class LayerPieces:
+    """T + GN of one layer.
+
+    Attributes:
+        name: Name of the layer.
+        parameter: Its weight.
+        surroundings: What lies behind it.
+        products: Products that were made.
+    """
+
+    name: str
+    parameter: Tensor
+    surroundings: Surroundings
+    products: int = 0
+    _parts: list[tuple[float, list[_Use]]] = field(default_factory=list)  # share of the samples, uses
+
+    @property
+    def cut(self) -> bool:
+        """Whether T comes from the cut graph."""
+        return any(use.segment is not None for _, uses in self._parts for use in uses)
+
+    def add(self, share: float, uses: list[_Use]) -> None:
+        """Add one batch with its share of the samples."""
+        self._parts.append((share, uses))
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return ``(T + GN) v``, flat."""
+        self.products += 1
+        weight = v.view(self.parameter.shape)
+        total = torch.zeros_like(weight)
+        for share, uses in self._parts:
+            with torch.no_grad():
+                outputs = [use.weight_map.apply(weight) for use in uses]
+                s = sum_of(use.project(y) for use, y in zip(uses, outputs, strict=True))
+                cotangents = [use.spread(s, y) for use, y in zip(uses, outputs, strict=True)]
+            for c, bent in zip(cotangents, _bent(uses, outputs), strict=True):
+                if bent is not None:
+                    c += bent
+            with torch.no_grad():
+                total += share * sum_of(use.weight_map.transpose(c) for use, c in zip(uses, cotangents, strict=True))
+        return total.reshape(-1)
+
+    def gauss_newton_form(self, v: Tensor) -> float:
+        """Return vᵀ GN v."""
+        weight = v.view(self.parameter.shape)
+        total = 0.0
+        with torch.no_grad():
+            for share, uses in self._parts:
+                s = sum_of(use.project(use.weight_map.apply(weight)) for use in uses)
+                total += share * float(s.square().sum()) / s.shape[1]
+        return total
+
+
+def sum_of(terms: Iterable[Tensor]) -> Tensor:
+    """Sum tensors, of which there is at least one."""
+    total: Tensor | None = None
+    for term in terms:
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def _bent(uses: Sequence[_Use], outputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return T_z y of each use."""
+    cut = [(i, use.segment) for i, use in enumerate(uses) if use.segment is not None]
+    bent: list[Tensor | None] = [
+        None if use.bend is None else use.bend * y for use, y in zip(uses, outputs, strict=True)
+    ]
+    if cut:
+        products = torch.autograd.grad(
+            [segment.gradient for _, segment in cut],
+            [segment.z for _, segment in cut],
+            [outputs[i] for i, _ in cut],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for (i, _), product in zip(cut, products, strict=True):
+            bent[i] = product
+    return bent
+
+
+@dataclass(eq=False)
+class Pieces:
+    """The layers of a net, taken apart.
+
+    Attributes:
+        layers: Name -> T + GN of the layer.
+        not_attributed: Name -> why there is none.
+        regimes: Name -> counts of entries that are not activated, transitioning, activated, ``(3,)``.
+        bounds: Name -> the papers' bound, where it was asked for and there is an activation to have one.
+    """
+
+    layers: dict[str, LayerPieces] = field(default_factory=dict)
+    not_attributed: dict[str, str] = field(default_factory=dict)
+    regimes: dict[str, Tensor] = field(default_factory=dict)
+    bounds: dict[str, PaperBound] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be taken apart, and how.
+
+    Attributes:
+        loss_fn: ``loss_fn(module, batch)`` -> mean loss.
+        parameters: Trained parameters.
+        wanted: Whether a layer of a name is wanted.
+        probes: Probes of the loss's curvature.
+        generator: Source of their signs.
+        paper_bound: Whether the papers' bound is wanted.
+    """
+
+    loss_fn: LossFn
+    parameters: Sequence[Tensor]
+    wanted: Callable[[str], bool]
+    probes: int
+    generator: torch.Generator
+    paper_bound: bool = False
+
+
+def take_apart(
+    sandbox: Sandbox, module: nn.Module, batches: Sequence[Any], samples: Sequence[int], request: Request
+) -> Pieces:
+    """Take every wanted layer apart; to be called inside the entered sandbox.
+
+    Keeps about 3 + ``probes`` activation tensors a layer and batch.
+
+    Raises:
+        ValueError: If the loss runs through no layer.
+        RuntimeError: If the loss is not a finite scalar.
+    """
+    pieces, missing = Pieces(), dict[str, str]()
+    bounded: dict[str, list[tuple[LayerCall, Tensor]]] = defaultdict(list)
+    for i, (batch, size) in enumerate(zip(batches, samples, strict=True)):
+        share = size / sum(samples)
+        part = _Pass(sandbox, module, batch, i, size, request)
+        # The first batch's, because later evaluations in a sandbox cannot tell why a layer is not among them.
+        missing = {name: why for name, why in part.missing.items() if request.wanted(name)} | missing
+        for name, uses in part.uses.items():
+            if name not in pieces.layers:
+                parameter = part.calls[name][0].parameter
+                pieces.layers[name] = LayerPieces(name, parameter, part.surroundings[name])
+            pieces.layers[name].add(share, uses)
+        for name, counts in part.regimes.items():
+            pieces.regimes[name] = pieces.regimes.get(name, 0) + counts
+        for call, gradient in part.behind_activations:
+            bounded[call.name].append((call, share * gradient))
+    for name, pairs in bounded.items():
+        calls, gradients = zip(*pairs, strict=True)
+        if calls[0].activation is not None:
+            pieces.bounds[name] = paper_bound(calls, gradients, calls[0].activation.activation)
+    # A layer that some batches do not use has no curvature from them.
+    pieces.not_attributed = {name: why for name, why in missing.items() if name not in pieces.layers}
+    return pieces
+
+
+class _Pass:
+    """One batch: evaluated, and where needed evaluated again with the graph cut."""
+
+    def __init__(
+        self, sandbox: Sandbox, module: nn.Module, batch: Any, stream: int, size: int, request: Request
+    ) -> None:
+        self._size, self._parameters = size, request.parameters
+
+        def evaluate(stand_ins: Mapping[Tensor, Tensor], observers: Sequence[Observer]) -> Capture:
+            return capture(
+                sandbox, module, request.loss_fn, batch, parameters=stand_ins, stream=stream, observers=observers
+            )
+
+        self._evaluate = evaluate
+        second: dict[int, Tensor] = {}
+
+        def watch(call: LayerCall, activation: Activation, z: Tensor, before: Tensor | None) -> None:
+            second.pop(call.index, None)
+            if not activation.piecewise_linear:
+                second[call.index] = activation.second_derivative(z)
+
+        counter = RegimeCounter()
+        seen = evaluate({p: p.detach().requires_grad_() for p in request.parameters}, (counter, watch))
+        loss = _checked(seen.loss)
+        self.missing = dict(seen.not_attributed)
+        self.regimes = {name: n for name, n in counter.counts(seen).items() if request.wanted(name)}
+        self.uses: dict[str, list[_Use]] = {}
+        self.calls: dict[str, list[LayerCall]] = defaultdict(list)
+        self.behind_activations: list[tuple[LayerCall, Tensor]] = []
+        for call in seen.layers:
+            if request.wanted(call.name):
+                self._admit(call)
+        try:
+            edge, out = _output(seen, [_edge(call).node for call in seen.layers])
+            vectors = output_probes(loss, edge, out.detach(), request.probes, request.generator)
+        except NotSeparableError as error:
+            self.missing |= dict.fromkeys(self.calls, str(error))
+            return
+        nodes: dict[str, list[Any]] = defaultdict(list)
+        for call in seen.layers:
+            nodes[call.name].append(_edge(call).node)
+        self.surroundings = surroundings(edge.node, nodes)
+        bends = self._bends(loss, second)
+        self._build(edge, vectors, bends)
+        if request.paper_bound:
+            self._note_gradients(loss)
+        needed = {call.index: use for call, use in self._pairs() if use.bend is None and self._curved(call)}
+        if needed:
+            self._cut(seen, loss, edge, needed)
+
+    def _admit(self, call: LayerCall) -> None:
+        if call.shape[0] % self._size or len(call.shape) < 2:
+            self.missing[call.name] = "the first axis of its output is not the samples'"
+        elif call.name not in self.missing:
+            self.calls[call.name].append(call)
+
+    def _curved(self, call: LayerCall) -> bool:
+        return bool(self.surroundings[call.name].curved)
+
+    def _pairs(self) -> list[tuple[LayerCall, _Use]]:
+        return [pair for name, uses in self.uses.items() for pair in zip(self.calls[name], uses, strict=True)]
+
+    def _note_gradients(self, loss: Tensor) -> None:
+        """Keep the gradients behind activations, for the papers' bound."""
+        follow = [(call, call.activation) for calls in self.calls.values() for call in calls if call.activation]
+        edges = [activation.edge for _, activation in follow if activation.edge is not None]
+        found = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+        self.behind_activations = [(call, g) for (call, _), g in zip(follow, found, strict=True) if g is not None]
+
+    def _bends(self, loss: Tensor, second: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return r″ ∂L/∂h of the calls whose own activation is the only curved thing before the next layers."""
+        plain: dict[int, GradientEdge] = {}
+        for name, calls in self.calls.items():
+            follow = {call.index: call.activation for call in calls if call.activation and not call.activation.via}
+            edges = {index: activation.edge for index, activation in follow.items() if activation.edge is not None}
+            curved = self.surroundings[name].curved
+            if curved and len(edges) == len(calls) and curved <= {edge.node for edge in edges.values()}:
+                plain |= {index: edge for index, edge in edges.items() if index in second}
+        if not plain:
+            return {}
+        gradients = torch.autograd.grad(loss, list(plain.values()), retain_graph=True, allow_unused=True)
+        return {i: second[i] * g for i, g in zip(plain, gradients, strict=True) if g is not None}
+
+    def _build(self, edge: GradientEdge, vectors: Sequence[Tensor], bends: Mapping[int, Tensor]) -> None:
+        calls = [call for calls in self.calls.values() for call in calls]
+        ends = [_end(call) for call in calls]
+        found = [torch.autograd.grad([edge], ends, [v], retain_graph=True, allow_unused=True) for v in vectors]
+        for k, call in enumerate(calls):
+            gradients = [_filled(by_probe[k], call) for by_probe in found]
+            self.uses.setdefault(call.name, []).append(
+                _Use(
+                    WeightMap(call),
+                    torch.stack([g.reshape(self._size, -1) for g in gradients], dim=1),
+                    bends.get(call.index),
+                    None if call.batch_norm is None else _BatchStatistics.of(call),
+                )
+            )
+
+    def _cut(self, seen: Capture, loss: Tensor, edge: GradientEdge, needed: Mapping[int, _Use]) -> None:
+        edges = [edge, *(_edge(call) for call in seen.layers)]
+        gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+        at_calls = {call.index: g for call, g in zip(seen.layers, gradients[1:], strict=True) if g is not None}
+        stand_ins = {p: p.detach() for p in self._parameters}
+        with CutMode({id(p) for p in stand_ins.values()}, at_calls) as mode:
+            again = self._evaluate(stand_ins, ())
+        out, _ = _output(again, ())
+        for index, segment in mode.segments(out, gradients[0], set(needed)).items():
+            needed[index].segment = segment
+
+
+def _output(seen: Capture, layers: Sequence[Any]) -> tuple[GradientEdge, Tensor]:
+    """Return the tensor that the loss is a function of: where it is, and its values up to a constant in each row."""
+    candidates: list[tuple[GradientEdge, Tensor]] = []
+    edge = seen.loss_calls[0].edge if len(seen.loss_calls) == 1 else None
+    if edge is not None:
+        call = seen.loss_calls[0]
+        # The curvature of a log-softmax belongs to the loss.
+        if call.name == "nll_loss" and edge.node.name().startswith("LogSoftmax"):
+            node, number = edge.node.next_functions[0]
+            assert node is not None
+            edge = GradientEdge(node, number)
+        candidates.append((edge, call.input))
+    if seen.output is not None and seen.output.requires_grad:
+        candidates.append((get_gradient_edge(seen.output), seen.output))
+    for edge, out in candidates:
+        if not reaches_around(seen.loss.grad_fn, edge.node, layers):
+            return edge, out
+    raise NotSeparableError("the loss is not a function of one output tensor alone")
+
+
+def _edge(call: LayerCall) -> GradientEdge:
+    assert call.edge is not None
+    return call.edge
+
+
+def _end(call: LayerCall) -> GradientEdge:
+    """Return where the pieces of a layer are taken: behind a batch normalization that follows it."""
+    behind = None if call.batch_norm is None else call.batch_norm.edge
+    return _edge(call) if behind is None else behind
+
+
+def _filled(gradient: Tensor | None, call: LayerCall) -> Tensor:
+    return call.weight.new_zeros(call.shape) if gradient is None else gradient
+
+
+def _checked(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise RuntimeError(f"Expected the loss to be a scalar tensor that depends on the parameters, got {loss!r:.80}.")
+    if not bool(torch.isfinite(loss.detach())):
+        raise RuntimeError(f"Expected a finite loss, got {float(loss.detach())}.")
+    return loss.reshape(())
