@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from eos_monitor.curvature.hessian import FiniteDifferenceStep, HessianOperator, SumOverRanks
+from eos_monitor.curvature.lanczos import _norm
 from eos_monitor.curvature.sandbox import LossFn, Sandbox, preserve_rng
 
 
@@ -194,8 +195,8 @@ def _rayleigh_quotient(operator: HessianOperator) -> float | None:
     """Return gᵀHg / gᵀg; None if g is zero."""
     with operator:
         gradient = operator.gradient(keep_graph=True)
-        length = torch.linalg.vector_norm(gradient)
-        if not float(length) > 0.0:
+        length = _norm(gradient)
+        if not length > 0.0:
             return None
         direction = gradient / length
         return float(operator.matvec(direction) @ direction)

@@ -69,7 +69,7 @@ def critical_learning_rate(
     u, :math:`1/s_c` is the ``directional_ratio``.
 
     One gradient gives u and the slope; then (L(θ + s u) − L(θ)) / s is bracketed and its root found by secants (it is a
-    straight line where the loss is a parabola: 4 to 9 passes at 2 % from a start anywhere within 10³ of the answer).
+    straight line where the loss is a parabola: 3 to 9 passes at 2 % from a start anywhere within 10³ of the answer).
     Every pass sees the same random numbers. A loss that is not finite counts as an increase. The search grows by
     factors of 4, so that a crossing within such a gap, with a loss that falls again behind it, is missed.
 
