@@ -206,7 +206,6 @@ WRAPPERS: dict[str, tuple[str, str | None]] = {
     "LightningOptimizer": ("optimizer", None),
     "AcceleratedOptimizer": ("optimizer", None),
     "ZeroRedundancyOptimizer": ("optim", None),
-    "OSS": ("optim", None),
     "SAM": ("base_optimizer", _SAM_NOTE),
 }
 _ELSEWHERE = rules.without_threshold("the optimizer inside does not step the same parameters")
