@@ -111,7 +111,8 @@ class SettingsAhead:
     def __init__(self, schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> None:
         self._schedulers, self._optimizers = schedulers, optimizers
         self._of: list[Any] = []  # the schedulers that the block is of
-        self._block: list[tuple[Position, _State]] = []  # one entry an optimizer step, the first as it was found
+        self._block: list[_State] = []  # one an optimizer step, the first as it was found
+        self._places: dict[Position, int] = {}
         self._length = 1
         self.why_not: str | None = None
 
@@ -141,7 +142,7 @@ class SettingsAhead:
             index = 0
         if index + n >= len(self._block):
             return None
-        _, then = self._block[index + n]
+        then = self._block[index + n]
         return [
             [
                 {key: value for key, value in new.items() if key == "lr" or key not in old or value != old[key]}
@@ -155,10 +156,12 @@ class SettingsAhead:
         of = [entry.scheduler for entry in entries]
         if len(of) != len(self._of) or any(a is not b for a, b in zip(of, self._of, strict=True)):
             return None
-        return next((i for i, entry in enumerate(self._block) if entry == (position, live)), None)
+        index = self._places.get(position)
+        return index if index is not None and self._block[index] == live else None
 
     def _predict(self, position: Position, live: _State, entries: Sequence[Any], steps: int) -> None:
-        self._of, self._block = [entry.scheduler for entry in entries], [(position, live)]
+        self._of, self._block = [entry.scheduler for entry in entries], [live]
+        self._places = {position: 0}
         self.why_not = _why_not(entries, position)
         if self.why_not is not None:
             return
@@ -173,7 +176,8 @@ class SettingsAhead:
                             if entry.interval == interval and position.moves(entry):
                                 twin.step()
                     position = position.following()
-                    self._block.append((position, _State.of(optimizers, twins)))
+                    self._places[position] = len(self._block)
+                    self._block.append(_State.of(optimizers, twins))
         except Exception as error:  # whatever a scheduler of the user's raises must not end the run now
             self.why_not = f"A scheduler cannot be stepped further: {error}"
 

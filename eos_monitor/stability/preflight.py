@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from eos_monitor.curvature.batches import batch_size, clone_batch
+from eos_monitor.curvature.batches import batch_size
 from eos_monitor.curvature.sandbox import LossFn, preserve_rng
-from eos_monitor.curvature.twin import trained_parameters, twin_optimizer
-from eos_monitor.stability.gauge import Gauge
+from eos_monitor.stability.first_steps import BELOW, FirstSteps, Outcome
 from eos_monitor.stability.lookahead import Position, Settings, SettingsAhead
 from eos_monitor.stability.reading import StabilityReading
-from eos_monitor.stability.thresholds import critical_curvature
-
-Outcome = Literal["falls", "rises", "diverges", "dead"]
-
-_READINGS = 10
-# How far below the edge a warm-up is walked: readings every few steps, and an edge that moves between them.
-_BELOW = 0.8
-# Fewer of the coordinates than this share still have a gradient: what is left are output biases.
-_DEAD = 0.1
-_MOST_SETTLING = 5_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +101,7 @@ class Preflight:
             return [f"{where}; warm-up of about {self.warmup} steps, or {lower}."]
         trail = ", ".join(f"{r.edge_ratio:.2g}" for r in self.warmup_readings if r.edge_ratio is not None)
         return [
-            f"{where}; {lower}. No length of a warm-up can be said: on a copy walked at {_BELOW} of its edge, lr {lr} "
+            f"{where}; {lower}. No length of a warm-up can be said: on a copy walked at {BELOW} of its edge, lr {lr} "
             f"was {trail} times the edge, or its loss rose."
         ]
 
@@ -225,13 +213,24 @@ def preflight(
 
     schedule = [settings(step) for step in range(steps + 1)]
 
-    def start() -> _Copy:
-        return _Copy(module, loss_fn, data, optimizers, rtol, batch_size_fn, full_batch)
+    def start() -> FirstSteps:
+        return FirstSteps(module, loss_fn, data, optimizers, rtol, batch_size_fn, full_batch)
 
     with preserve_rng(), torch.inference_mode(False), torch.enable_grad():
         run = start()
         run.take(steps, schedule)
-        result = run.result(scheduled=schedulers is not None)
+        result = Preflight(
+            lr=run.readings[0].lr,
+            readings=tuple(run.readings),
+            settling=run.settling,
+            losses=tuple(run.losses),
+            outcome=run.outcome(),
+            scheduled=schedulers is not None,
+            full_batch=full_batch,
+            samples=run.samples,
+            gradients=run.gradients,
+            matvecs=run.matvecs,
+        )
         if result.above and not result.scheduled and (result.edge_ratio or 0.0) > 1.0:
             walk, climb = start(), start()
             warmup = walk.walk_up(steps, schedule)
@@ -245,183 +244,6 @@ def preflight(
                 matvecs=run.matvecs + walk.matvecs,
             )
     return replace(result, seconds=time.perf_counter() - began)
-
-
-class _Copy:
-    """A copy of a module and its optimizers that takes full-batch steps."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        loss_fn: LossFn,
-        batches: Sequence[Any],
-        optimizers: Sequence[Optimizer],
-        rtol: float,
-        batch_size_fn: Callable[[Any], int],
-        full_batch: bool,
-    ) -> None:
-        try:
-            self.module = copy.deepcopy(module)
-        except Exception as error:
-            raise TypeError(
-                f"Expected a module that copy.deepcopy can copy, got {type(module).__name__}: {error} "
-                "Call preflight on the module as it is before its first step."
-            ) from error
-        stand_ins: dict[Tensor, Tensor] = dict(zip(module.parameters(), self.module.parameters(), strict=True))
-        outside = sum(p not in stand_ins for p in trained_parameters(optimizers))
-        if outside:
-            raise ValueError(f"Expected optimizers of the module's parameters, got {outside} from outside.")
-        self.optimizers = [twin_optimizer(optimizer, stand_ins) for optimizer in optimizers]
-        self.params = trained_parameters(self.optimizers)
-        self.loss_fn, self.batches, self.full_batch = loss_fn, batches, full_batch
-        self.batch_size_fn = batch_size_fn
-        sizes = [batch_size_fn(batch) for batch in batches]
-        self.samples = sum(sizes)
-        self.weights = [size / self.samples for size in sizes]
-        self.gauge = Gauge(rtol=rtol, batch_size_fn=batch_size_fn)
-        self.readings: list[StabilityReading] = []
-        self.losses: list[float] = []
-        self.gradients = self.settling = 0
-        self._alive: int | None = None  # coordinates with a gradient at the start
-        self._dead = False
-
-    def take(self, steps: int, schedule: Sequence[Settings | None]) -> None:
-        """Take the steps at the run's own settings, with readings between them."""
-        every = max(1, steps // _READINGS)
-        for step in range(steps + 1):
-            self._set(schedule[step])
-            going = self._differentiate() and not self._dead
-            if step == 0 and not math.isfinite(self.losses[0]):
-                raise ValueError(f"Expected a finite loss at initialization, got {self.losses[0]}.")
-            if step > 0 and not going:
-                return
-            if step % every == 0 or step == steps:
-                self._read(step)
-            if not going:
-                return
-            if step < steps:
-                self._step()
-
-    def walk_up(self, steps: int, schedule: Sequence[Settings | None]) -> int | None:
-        """Take steps at 0.8 of the edge; return how many it took until the run's own settings are below the edge."""
-        every, scale = max(1, steps // _READINGS), 0.0
-        for step in range(steps + 1):
-            self._set(schedule[step])
-            if not self._differentiate() or self._dead:
-                return None
-            if step % every == 0 or step == steps:
-                reading = self._read(step)
-                if reading.edge_ratio is None:
-                    return None
-                if reading.edge_ratio < 1.0:
-                    return step
-                if reading.edge_scale is None:
-                    return None
-                scale = _BELOW * reading.edge_scale
-            if step < steps:
-                self._scale_rates(scale)
-                self._step()
-        return None
-
-    def ramp_up(self, warmup: int, steps: int, schedule: Sequence[Settings | None]) -> bool:
-        """Take a linear warm-up and ``steps`` steps after it; return whether the loss never rose above its start."""
-        for step in range(warmup + steps + 1):
-            self._set(schedule[0])
-            if not self._differentiate() or self._dead:
-                return False
-            self._scale_rates(min(1.0, (step + 1) / warmup))
-            self._step()
-        return self._outcome() == "falls"
-
-    @property
-    def matvecs(self) -> int:
-        return sum(reading.matvecs for reading in self.readings)
-
-    def result(self, *, scheduled: bool) -> Preflight:
-        return Preflight(
-            lr=self.readings[0].lr,
-            readings=tuple(self.readings),
-            settling=self.settling,
-            losses=tuple(self.losses),
-            outcome=self._outcome(),
-            scheduled=scheduled,
-            full_batch=self.full_batch,
-            samples=self.samples,
-            gradients=self.gradients,
-            matvecs=self.matvecs,
-        )
-
-    def _outcome(self) -> Outcome:
-        if self._dead:
-            return "dead"
-        first = self.losses[0]
-        if not all(math.isfinite(loss) for loss in self.losses):
-            return "diverges"
-        rounding = 4 * max(torch.finfo(p.dtype).eps for p in self.params) * abs(first)
-        return "rises" if max(self.losses) > first + rounding else "falls"
-
-    def _differentiate(self) -> bool:
-        """Take the mean gradient over all batches; return whether the loss is finite."""
-        for p in self.params:
-            p.grad = None
-        total = 0.0
-        for weight, batch in zip(self.weights, self.batches, strict=True):
-            loss = weight * self.loss_fn(self.module, clone_batch(batch))
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        self.gradients += 1
-        self.losses.append(total)
-        alive = sum(int((p.grad.to_dense() != 0).sum()) for p in self.params if p.grad is not None)
-        if self._alive is None:
-            self._alive = alive
-        self._dead = alive <= _DEAD * self._alive
-        return math.isfinite(total)
-
-    def _step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def _read(self, step: int) -> StabilityReading:
-        """Take a reading; where the state is too young, of copies whose state is carried on at the present gradient."""
-        optimizers, settling = self.optimizers, 0
-        curvature = critical_curvature(optimizers)
-        if not curvature.ready or (curvature.c is None and not curvature.without_threshold):
-            kept = [p.detach().clone() for p in self.params]
-            optimizers = [twin_optimizer(optimizer, {p: p for p in self.params}) for optimizer in optimizers]
-            rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-            _set_rates(optimizers, [[0.0 for _ in row] for row in rates])
-            while not critical_curvature(optimizers).ready and settling < _MOST_SETTLING:
-                for optimizer in optimizers:
-                    optimizer.step()
-                settling += 1
-            _set_rates(optimizers, rates)
-            with torch.no_grad():  # at a learning rate of 0 few optimizers move them, but some do
-                for p, value in zip(self.params, kept, strict=True):
-                    p.copy_(value)
-        reading = self.gauge.measure(
-            self.module, self.loss_fn, self.batches, optimizers, step=step, full_batch=self.full_batch
-        ).reading
-        if not self.readings:
-            self.settling = settling
-        self.readings.append(reading)
-        return reading
-
-    def _set(self, settings: Settings | None) -> None:
-        for optimizer, news in zip(self.optimizers, settings or (), strict=True):
-            for group, new in zip(optimizer.param_groups, news, strict=True):
-                group.update({key: value for key, value in new.items() if key not in ("lr", "steps_ahead")})
-        _set_rates(self.optimizers, [[new["lr"] for new in news] for news in settings or ()])
-
-    def _scale_rates(self, scale: float) -> None:
-        rates = [[scale * float(group["lr"]) for group in o.param_groups] for o in self.optimizers]
-        _set_rates(self.optimizers, rates)
-
-
-def _set_rates(optimizers: Sequence[Optimizer], rates: Sequence[Sequence[Any]]) -> None:
-    for optimizer, row in zip(optimizers, rates, strict=True):
-        for group, lr in zip(optimizer.param_groups, row, strict=True):
-            # Capturable optimizers want their tensor.
-            group["lr"] = torch.full_like(group["lr"], float(lr)) if isinstance(group["lr"], Tensor) else float(lr)
 
 
 def _rates(lr: tuple[float, ...]) -> str:

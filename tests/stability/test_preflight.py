@@ -288,6 +288,30 @@ def test_dead_run_is_not_called_stable() -> None:
     assert len(result.losses) < STEPS
 
 
+def test_perfect_fit_is_not_called_dead() -> None:
+    x = torch.tensor([[1.0]])
+    net = nn.Linear(1, 1, bias=False)
+    # The curvature is 2: one step at lr 1/2 is Newton's, and there is no gradient after it.
+    result = preflight(net, regress, [(x, 3 * x)], SGD(net.parameters(), lr=0.5), full_batch=True)
+    assert result.outcome == "falls"
+    assert result.losses[-1] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_curvature_that_overflows_on_the_way_ends_the_readings_only() -> None:
+    def loss(module: Any, batch: Any) -> Tensor:
+        # Beyond 10 it is finite, and its derivatives are not.
+        w = module.weight.sum()
+        return w**2 if abs(w.item()) < 10 else 100 + (w - w) ** 0.5
+
+    net = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+    result = preflight(net, loss, [torch.ones(1, 1)], SGD(net.parameters(), lr=5.0), full_batch=True)
+    assert result.above
+    assert result.outcome == "diverges"
+    assert len(result.readings) == 1
+
+
 def test_batches_are_weighted_by_their_samples_and_costs_are_counted() -> None:
     case = CASES["tanh-sgd"]
     x, y = case.batches[0]
