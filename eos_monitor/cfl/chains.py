@@ -29,6 +29,7 @@ class Chain:
             torch's activations in it, ``"curved"`` anything else.
         beta: β where the kind has one.
         composed: Whether the last call made an activation out of several.
+        claims: Numbers of the activations that it is made of.
     """
 
     source: Tensor
@@ -37,6 +38,7 @@ class Chain:
     kind: _Kind
     beta: float | Tensor = 1.0
     composed: bool = False
+    claims: frozenset[int] = frozenset()
 
     @staticmethod
     def identity(source: Tensor) -> Chain:
@@ -99,7 +101,8 @@ def extend(name: str, func: Any, args: Any, kwargs: Mapping[str, Any], chains: M
     kind, beta = _classify(name, args, parts)
     made = (is_activation(name) or name in FOLLOWERS) and parts[0].has_activation
     multiplied = len(parts) > 1 and name in ("mul", "div", "rdiv") and not all(part.straight for part in parts)
-    return Chain(parts[0].source, parts[0].version, function, kind, beta, made or multiplied)
+    claims = frozenset[int]().union(*(part.claims for part in parts))
+    return Chain(parts[0].source, parts[0].version, function, kind, beta, made or multiplied, claims)
 
 
 def _classify(name: str, args: Any, parts: list[Chain]) -> tuple[_Kind, float | Tensor]:

@@ -64,7 +64,7 @@ class _Claim:
 
     pending: tuple[_Pending, ...]
     activation: Activation | None
-    composed: bool  # in place of the activations that it is made of
+    instead_of: frozenset[int]  # the activations that it is made of
     obstacle: str = ""
 
 
@@ -72,24 +72,31 @@ class _Claim:
 class _Fate:
     """What became of a layer's output."""
 
-    activation: ActivationCall | None = None
+    claims: dict[int, ActivationCall] = field(default_factory=dict)
     batch_norm: BatchNormCall | None = None
-    unclear: str = ""
+    obstacle: str = ""
     ends: list[str] = field(default_factory=list)
 
-    def claim(self, call: ActivationCall, *, composed: bool) -> None:
-        if self.activation is None or composed:
-            self.activation = call
+    def admits(self, via: tuple[str, ...], instead_of: frozenset[int]) -> bool:
         # A residual stream runs through every later activation too: the nearest is the layer's own.
-        elif len(call.via) <= len(self.activation.via):
-            self.unclear = (
-                f"several activations read its output ({self.activation.activation.name}, {call.activation.name})"
-            )
+        others = [call for number, call in self.claims.items() if number not in instead_of]
+        return all(len(via) <= len(call.via) for call in others)
+
+    def claim(self, number: int, call: ActivationCall, instead_of: frozenset[int]) -> None:
+        kept = {n: c for n, c in self.claims.items() if n not in instead_of and len(c.via) == len(call.via)}
+        self.claims = {**kept, number: call}
+
+    @property
+    def activation(self) -> ActivationCall | None:
+        return next(iter(self.claims.values())) if len(self.claims) == 1 and not self.obstacle else None
 
     @property
     def reason(self) -> str:
-        if self.unclear or self.activation is not None:
-            return self.unclear
+        if self.obstacle or self.activation is not None:
+            return self.obstacle
+        if self.claims:
+            names = ", ".join(call.activation.name for call in self.claims.values())
+            return f"several activations read its output ({names})"
         ends = ", ".join(dict.fromkeys(self.ends))
         return f"no elementwise activation follows ({f'but {ends}' if ends else 'its output is not seen again'})"
 
@@ -120,12 +127,16 @@ class Tracer(TorchFunctionMode):
         self._live = {id(stand_in): live for live, stand_in in parameters.items()}
         self._calls: list[LayerCall] = []
         self._fates: list[_Fate] = []
-        self._traces: Any = WeakTensorKeyDictionary()
+        self._traces: Any = WeakTensorKeyDictionary()  # None of a tensor made of parameters and data alone
+        self._number = 0
         self._graph = torch.is_grad_enabled()
 
     def returned(self, value: Any) -> Any:
         """Note what the root's forward returns."""
         self.output = value if isinstance(value, Tensor) else None
+        for t in _tensors(value):
+            if (trace := self._trace(t)) is not None:
+                self._traces[t] = _Trace(trace.pending)  # what the loss makes of it is no part of the activation
         return value
 
     @property
@@ -134,7 +145,7 @@ class Tracer(TorchFunctionMode):
         return [
             replace(
                 call,
-                activation=None if fate.unclear else fate.activation,
+                activation=fate.activation,
                 batch_norm=fate.batch_norm,
                 reason=fate.reason,
             )
@@ -162,9 +173,11 @@ class Tracer(TorchFunctionMode):
             if id(t) in self._names:
                 self.uses.setdefault(self._names[id(t)], set()).add(name)
         if not traces:
+            for o in outputs:
+                self._traces[o] = None
             return out
         if claim is not None:
-            self._settle(claim, outputs[0])
+            chain = self._settle(claim, outputs[0], chain)
         if func is F.batch_norm:
             self._note_batch_norm(args, kwargs, traces.get(id(z)), outputs[0])
         label = _between(name, args, kwargs, traces) if claim is None else None
@@ -175,13 +188,12 @@ class Tracer(TorchFunctionMode):
         # A function in place has written over what it would be a function of.
         chain = None if chain is not None and any(o is chain.source for o in outputs) else chain
         for k, o in enumerate(outputs):
-            passing = [
-                _Pending(p.index, (*p.via, label) if label else p.via, befores[p][k] if p in befores else None)
-                for trace in {id(trace): trace for trace in traces.values()}.values()
-                for p in trace.pending
-                if label is not None
-            ]
-            self._traces[o] = _Trace(tuple(passing), chain)
+            passing: dict[int, _Pending] = {}
+            for trace in traces.values() if label is not None else ():
+                for p in trace.pending:
+                    before = befores[p.index][k] if p.index in befores else None
+                    passing.setdefault(p.index, _Pending(p.index, (*p.via, label) if label else p.via, before))
+            self._traces[o] = _Trace(tuple(passing.values()), chain)
         if name in _LOSSES:
             self.loss_calls.append(LossCall(name, z, _edge(z), outputs[0]))
         return out
@@ -229,9 +241,9 @@ class Tracer(TorchFunctionMode):
             return call.apply(old(call.weight), None if call.bias is None else old(call.bias))
 
     def _trace(self, t: Tensor) -> _Trace | None:
-        known: _Trace | None = self._traces.get(t)
-        # One that is not known has been computed out of sight, by an autograd.Function.
-        return _Trace() if known is None and t.grad_fn is not None and id(t) not in self._names else known
+        # One that was not seen before has been computed out of sight, by an autograd.Function.
+        trace: _Trace | None = self._traces.get(t, None if t.grad_fn is None else _Trace())
+        return trace
 
     def _chain(self, name: str, func: Any, args: Any, kwargs: Any, traces: Mapping[int, _Trace]) -> Chain | None:
         """Return the result as an elementwise function of one tensor, if it is one."""
@@ -255,24 +267,25 @@ class Tracer(TorchFunctionMode):
             activation = read_activation(name, args, kwargs)
         else:
             return None
-        if not pending:
-            return None
-        why = _obstacle(name, activation, chain)
-        if activation is None or why:
-            return _Claim(pending, None, chain.composed, why)
-        with torch.no_grad():
-            for p in pending:
-                for observer in self._observers:
-                    observer(self._calls[p.index], activation, value, p.before)
-        return _Claim(pending, activation, chain.composed)
+        instead_of = chain.claims if chain.composed else frozenset()
+        pending = tuple(p for p in pending if self._fates[p.index].admits(p.via, instead_of))
+        obstacle = _obstacle(name, activation, chain) if pending else ""
+        if activation is not None and not obstacle:
+            with torch.no_grad():
+                for p in pending:
+                    for observer in self._observers:
+                        observer(self._calls[p.index], activation, value, p.before)
+        return _Claim(pending, activation, instead_of, obstacle)
 
-    def _settle(self, claim: _Claim, out: Tensor) -> None:
+    def _settle(self, claim: _Claim, out: Tensor, chain: Chain | None) -> Chain | None:
+        self._number += 1
         for p in claim.pending:
-            if claim.activation is None:
-                self._fates[p.index].unclear = claim.obstacle
-            else:
+            fate = self._fates[p.index]
+            fate.obstacle = claim.obstacle or ("" if claim.instead_of else fate.obstacle)
+            if claim.activation is not None:
                 call = ActivationCall(claim.activation, p.via, _edge(out), out.shape)
-                self._fates[p.index].claim(call, composed=claim.composed)
+                fate.claim(self._number, call, claim.instead_of)
+        return None if chain is None else replace(chain, claims=chain.claims | {self._number})
 
     def _consume(self, t: Tensor, trace: _Trace | None, name: str, *, passed: bool, chained: bool) -> None:
         """Note that a function that leads no further took a tensor."""
@@ -286,18 +299,21 @@ class Tracer(TorchFunctionMode):
 
     def _befores(
         self, name: str, func: Any, args: Any, kwargs: Any, traces: Mapping[int, _Trace]
-    ) -> dict[_Pending, list[Tensor]]:
+    ) -> dict[int, list[Tensor]]:
         """Run a function that lies between once more for each layer, on what was there before the last update."""
         if self._previous is None or name not in _BETWEEN:
             return {}
-        found = {}
-        for t in _tensors((args, kwargs)):
-            for p in traces[id(t)].pending if id(t) in traces else ():
+        old: dict[int, dict[int, Tensor]] = {}  # call -> operand -> what it was
+        for operand, trace in traces.items():
+            for p in trace.pending:
                 if p.before is not None:
-                    # The same dropout mask as in the call itself; copies, as it may write to its arguments.
-                    with preserve_rng(), torch.no_grad():
-                        replay = _replaced((args, kwargs), t, p.before)
-                        found[p] = list(_tensors(func(*replay[0], **replay[1])))
+                    old.setdefault(p.index, {})[operand] = p.before
+        found = {}
+        for index, operands in old.items():
+            # The same dropout mask as in the call itself; copies, as it may write to its arguments.
+            with preserve_rng(), torch.no_grad():
+                replay = _replaced((args, kwargs), operands)
+                found[index] = list(_tensors(func(*replay[0], **replay[1])))
         return found
 
     def _note_batch_norm(self, args: Any, kwargs: Any, trace: _Trace | None, out: Tensor) -> None:
@@ -361,14 +377,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(list(value.values()))
 
 
-def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
-    """Copy arguments with one tensor in the place of another."""
+def _replaced(value: Any, instead: Mapping[int, Tensor]) -> Any:
+    """Copy arguments, with other tensors in the place of some, by their ids."""
     if isinstance(value, Tensor):
-        return (new if value is old else value).detach().clone()
+        return instead.get(id(value), value).detach().clone()
     if type(value) in (list, tuple):
-        return type(value)(_replaced(item, old, new) for item in value)
+        return type(value)(_replaced(item, instead) for item in value)
     if isinstance(value, dict):
-        return {key: _replaced(item, old, new) for key, item in value.items()}
+        return {key: _replaced(item, instead) for key, item in value.items()}
     return value
 
 
