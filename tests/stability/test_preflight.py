@@ -148,10 +148,11 @@ def flown(case: Case, lr: float, **kwargs: Any) -> Preflight:
 @pytest.fixture(scope="module")
 def flights() -> dict[tuple[str, str], tuple[Preflight, list[float]]]:
     found = {}
-    for (name, case), (level, factor) in itertools.product(CASES.items(), LEVELS.items()):
+    for name, case in CASES.items():
         edge = flown(case, 1e-3, steps=1).edge_lr
         assert edge is not None
-        found[name, level] = flown(case, factor * edge[0]), losses_of_training(case, factor * edge[0])
+        for level, factor in LEVELS.items():
+            found[name, level] = flown(case, factor * edge[0]), losses_of_training(case, factor * edge[0])
     return found
 
 
