@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from eos_monitor.stability import rules
-from eos_monitor.stability.thresholds import _FINDERS, Group, Limit, Rule, Source, defines_step, source_of
+from eos_monitor.stability.thresholds import _FINDERS, Group, Limit, Rule, Source, source_of
 
 State = Mapping[str, Any]
 
@@ -106,23 +106,23 @@ def schedule_free_sgd(group: Group, param: Tensor, state: State) -> Limit | str:
     """
     if not group["train_mode"]:
         return _EVAL_MODE
-    lr, weight = _schedule_free_step(group, 1.0)
+    lr, weight = _schedule_free_step(group)
     response = _schedule_free_response(weight, group["momentum"])
     limit = rules.flip({"lr": lr}, response, ready=rules.old_enough(group["k"], group["momentum"]))
     return rules.with_decay(group, limit)
 
 
 def schedule_free_adamw(group: Group, param: Tensor, state: State) -> Limit | str:
-    """((2−c)/((1−β1)(1−c)+c/2)/η_t − wd)·P, η_t = η·√(1−β2ᵗ), P = √v + ε; H at y.
+    """((2−c)/((1−β1)(1−c)+c/2)/η − wd)·P, P = √(v/(1−β2ᵗ)) + ε, with c as for SGD; H at y.
 
     Source: Defazio et al. 2024, arXiv 2405.15682 (the method); derived here. Experimental: c ~ 1/t frozen.
     """
     if not group["train_mode"]:
         return _EVAL_MODE
     beta1, beta2 = group["betas"]
-    lr, weight = _schedule_free_step(group, math.sqrt(1 - beta2 ** (group["k"] + 1)))
+    lr, weight = _schedule_free_step(group)
     response = _schedule_free_response(weight, beta1)
-    preconditioner = rules.root(state["exp_avg_sq"]) + group["eps"]
+    preconditioner = rules.root(state["exp_avg_sq"] / (1 - beta2 ** (group["k"] + 1))) + group["eps"]
     decay = response * group["weight_decay"]  # it joins the normalized gradient, and so passes the same filter
     ready = rules.old_enough(group["k"], beta1)
     return rules.flip({"lr": lr}, response, preconditioner, decoupled=decay, ready=ready)
@@ -131,10 +131,10 @@ def schedule_free_adamw(group: Group, param: Tensor, state: State) -> Limit | st
 _EVAL_MODE = "in eval mode its parameters are the average x, while it steps at y: call its train()"
 
 
-def _schedule_free_step(group: Group, correction: float) -> tuple[float, float]:
+def _schedule_free_step(group: Group) -> tuple[float, float]:
     """Return the learning rate of the step to come, and the weight of its iterate in the average."""
     k = group["k"]
-    lr = group["lr"] * correction * (min(1.0, (k + 1) / group["warmup_steps"]) if group["warmup_steps"] else 1.0)
+    lr = group["lr"] * (min(1.0, (k + 1) / group["warmup_steps"]) if group["warmup_steps"] else 1.0)
     weight = (k + 1) ** group["r"] * max(lr, group["lr_max"]) ** group["weight_lr_power"]
     total = group["weight_sum"] + weight
     return lr, weight / total if total else 0.0
@@ -160,10 +160,10 @@ def _guarded(entry: Neighbour, group: Group, param: Tensor, state: State) -> Lim
 _ADAM = frozenset({"lr", "betas", "eps", "weight_decay"})
 _SGD = frozenset({"lr", "momentum", "weight_decay"})
 _TIMM = frozenset({"caution", "corrected_weight_decay"})
-_SCHEDULE_FREE = frozenset({"lr", "weight_decay", "k", "train_mode", "warmup_steps", "r", "weight_lr_power"}) | {
-    "weight_sum",
-    "lr_max",
-}
+# `scheduled_lr` marks the releases since the bias correction left the learning rate for v.
+_SCHEDULE_FREE = frozenset({"lr", "weight_decay", "k", "train_mode", "warmup_steps", "scheduled_lr"}) | frozenset(
+    {"r", "weight_lr_power", "weight_sum", "lr_max"}
+)
 _HARMLESS = frozenset({"foreach", "maximize", "capturable", "differentiable", "fused"})
 
 NEIGHBOURS: dict[str, Neighbour] = {
@@ -213,18 +213,15 @@ _ELSEWHERE = rules.without_threshold("the optimizer inside does not step the sam
 
 def neighbour(optimizer: Optimizer) -> Source | None:
     """Recognize an optimizer of another library."""
-    steps = defines_step(type(optimizer))
-    for cls in type(optimizer).__mro__:
-        # The class whose step is in use: one that inherits it changed nothing, one that overrides it is a stranger.
-        if "step" not in vars(cls) or defines_step(cls) is not steps:
-            continue
-        entry = NEIGHBOURS.get(cls.__name__)
-        if entry is not None and cls.__module__.partition(".")[0] in entry.libraries and _understood(optimizer, entry):
-            attributes = {name: getattr(optimizer, name) for name in entry.attributes}
-            return Source(partial(_guarded, entry), optimizer.state, attributes)
-        if cls.__name__ in WITHOUT_THRESHOLD:
-            return Source(WITHOUT_THRESHOLD[cls.__name__], optimizer.state)
-    return None
+    classes = type(optimizer).__mro__
+    # The class whose step is in use: one that inherits it changed nothing, one that overrides it is a stranger.
+    steps = next(cls for cls in classes if "step" in vars(cls))
+    entry = NEIGHBOURS.get(steps.__name__)
+    if entry is not None and steps.__module__.partition(".")[0] in entry.libraries and _understood(optimizer, entry):
+        attributes = {name: getattr(optimizer, name) for name in entry.attributes}
+        return Source(partial(_guarded, entry), optimizer.state, attributes)
+    name = next((cls.__name__ for cls in classes if cls.__name__ in WITHOUT_THRESHOLD), None)
+    return None if name is None else Source(WITHOUT_THRESHOLD[name], optimizer.state)
 
 
 def _understood(optimizer: Optimizer, entry: Neighbour) -> bool:

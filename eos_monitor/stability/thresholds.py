@@ -241,20 +241,11 @@ def _entries(
 def source_of(optimizer: Optimizer) -> Source:
     """Return how an optimizer is read: by the rule of its class, or as what it wraps or resembles."""
     cls = next((cls for cls in type(optimizer).__mro__ if cls in _RULES), None)
-    if cls is not None and defines_step(type(optimizer)) is defines_step(cls):
+    # A subclass with a step of its own is another optimizer. Unwrapped, because torch wraps `step` in a profiler hook.
+    if cls is not None and inspect.unwrap(type(optimizer).step) is inspect.unwrap(cls.step):
         return Source(_RULES[cls], optimizer.state)
     found = (find(optimizer) for find in _FINDERS)
     return next((source for source in found if source is not None), Source(None, optimizer.state))
-
-
-def defines_step(cls: type[Any]) -> Any:
-    """Return the function that steps: a subclass with a step of its own is another optimizer."""
-    return inspect.unwrap(cls.step)  # torch wraps `step` in a profiler hook
-
-
-def _later(state: Mapping[str, Any], steps: int) -> Mapping[str, Any]:
-    """Return a parameter's state with its step count moved on, all else as it stands."""
-    return {**state, "step": float(state["step"]) + steps} if steps and "step" in state else state
 
 
 def _limit(rule: Rule | None, group: Group, param: Tensor, state: Mapping[str, Any]) -> Limit | str | None:

@@ -183,16 +183,14 @@ class ScheduleFree(Twin):
         "train_mode": True,
         "weight_sum": 0.0,
         "lr_max": -1.0,
+        "scheduled_lr": 0.0,
         "foreach": False,
     }
 
-    def correction(self, group: Any) -> float:
-        return 1.0
-
     def begin(self, group: Any) -> None:
         warmth = min(1.0, (group["k"] + 1) / group["warmup_steps"]) if group["warmup_steps"] else 1.0
-        group["now"] = group["lr"] * warmth * self.correction(group)
-        group["lr_max"] = max(group["now"], group["lr_max"])
+        group["scheduled_lr"] = group["lr"] * warmth
+        group["lr_max"] = max(group["scheduled_lr"], group["lr_max"])
         weight = (group["k"] + 1) ** group["r"] * group["lr_max"] ** group["weight_lr_power"]
         group["weight_sum"] += weight
         group["c"] = weight / group["weight_sum"]
@@ -201,7 +199,7 @@ class ScheduleFree(Twin):
     def average(self, y: Tensor, direction: Tensor, state: Any, group: Any, beta: float) -> None:
         z = state.setdefault("z", y.clone())
         x = (y - (1 - beta) * z) / beta
-        z.sub_(group["now"] * direction)
+        z.sub_(group["scheduled_lr"] * direction)
         x = (1 - group["c"]) * x + group["c"] * z
         y.copy_((1 - beta) * z + beta * x)
 
@@ -226,13 +224,11 @@ class AdamWScheduleFree(ScheduleFree):
     def step(self, closure: Any = None) -> None:
         self.walk()
 
-    def correction(self, group: Any) -> float:
-        return math.sqrt(1 - group["betas"][1] ** (group["k"] + 1))
-
     def update(self, p: Tensor, g: Tensor, state: Any, group: Any) -> None:
         beta1, beta2 = group["betas"]
         v = state.setdefault("exp_avg_sq", torch.zeros_like(p)).mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        self.average(p, g / (v.sqrt() + group["eps"]) + group["weight_decay"] * p, state, group, beta1)
+        scaled = g / ((v / (1 - beta2 ** group["k"])).sqrt() + group["eps"])
+        self.average(p, scaled + group["weight_decay"] * p, state, group, beta1)
 
 
 CASES: dict[str, Build] = {
@@ -403,6 +399,12 @@ def test_known_to_have_no_threshold(name: str) -> None:
     (said,) = curvature.without_threshold
     assert said.startswith(f"{name} (")
     assert curvature.ready
+
+
+def test_optimizer_that_inherits_its_step_from_its_library_is_known_by_name() -> None:
+    base = type("Optimizer8bit", (Twin,), {"step": lambda self: None})
+    optimizer = type("AdamW8bit", (base,), {})([nn.Parameter(torch.ones(2))])
+    assert critical_curvature(optimizer).without_threshold == ("AdamW8bit (quantized state)",)
 
 
 # Wrappers.
