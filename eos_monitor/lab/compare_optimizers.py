@@ -131,12 +131,12 @@ def _train(method: Method, seed: int, epochs: int, tests: int) -> tuple[tuple[fl
         optimizer = method.build(net.parameters(), torch.Generator().manual_seed(seed))
         batches = _endless(x, y, g)
 
-        def closure() -> Tensor:
+        def closure() -> float:
             images, labels = next(batches)
             optimizer.zero_grad()
             loss = F.cross_entropy(net(images), labels)
             loss.backward()  # type: ignore[no-untyped-call]
-            return loss
+            return loss.item()
 
         calls = int(getattr(optimizer, "closure_calls", 1))
         per_epoch = _TRAINING // _BATCH
@@ -173,7 +173,7 @@ def _net() -> nn.Sequential:
 
 def _error(net: nn.Module, training: Tensor, images: Tensor, labels: Tensor) -> float:
     """Return the test error in percent, with the batch statistics of these weights."""
-    recompute_batch_norm(net, training.split(len(training) // 5))
+    recompute_batch_norm(net, torch.split(training, len(training) // 5))
     net.eval()
     with torch.no_grad():
         wrong = net(images).argmax(1) != labels
@@ -221,6 +221,6 @@ def comparison_figure(compared: Sequence[Comparison], path: Path) -> Path:
     differences.axvline(0, color="grey")
     differences.set_yticks(rows, [one.method.name for one in compared[1:]])
     differences.invert_yaxis()
-    differences.set_xlabel(f"final test error minus {first.method.name}'s, points (95 % of paired differences' mean)")
+    differences.set_xlabel(f"final test error minus {first.method.name}'s, points (mean, 95 %)")
     figure.savefig(path, dpi=120)
     return path
