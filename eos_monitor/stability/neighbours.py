@@ -53,7 +53,7 @@ def fused_adam(group: Group, param: Tensor, state: State) -> Limit | None:
 
     Source: as Adam. The step is counted in the group.
     """
-    steps = float(group.get("step", 0))
+    steps = float(group.get("step", 0)) + group.get("steps_ahead", 0)
     limit = rules.adam(
         {**group, "amsgrad": False, "decoupled_weight_decay": group["adam_w_mode"]},
         param,
@@ -133,7 +133,7 @@ _EVAL_MODE = "in eval mode its parameters are the average x, while it steps at y
 
 def _schedule_free_step(group: Group) -> tuple[float, float]:
     """Return the learning rate of the step to come, and the weight of its iterate in the average."""
-    k = group["k"]
+    k = group["k"] + group.get("steps_ahead", 0)  # its warm-up is its own
     lr = group["lr"] * (min(1.0, (k + 1) / group["warmup_steps"]) if group["warmup_steps"] else 1.0)
     weight = (k + 1) ** group["r"] * max(lr, group["lr_max"]) ** group["weight_lr_power"]
     total = group["weight_sum"] + weight

@@ -248,6 +248,11 @@ def source_of(optimizer: Optimizer) -> Source:
     return next((source for source in found if source is not None), Source(None, optimizer.state))
 
 
+def _later(state: Mapping[str, Any], steps: int) -> Mapping[str, Any]:
+    """Return a parameter's state with its step count moved on, all else as it stands."""
+    return {**state, "step": float(state["step"]) + steps} if steps and "step" in state else state
+
+
 def _limit(rule: Rule | None, group: Group, param: Tensor, state: Mapping[str, Any]) -> Limit | str | None:
     found = "" if rule is None else rule(group, param, state)
     if found is None or isinstance(found, (str, Limit)):
