@@ -1,0 +1,88 @@
+"""The risk of a fast rise of the learning rate, told before the step that uses it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+_RISE = 1.4
+_SPAN = 5  # steps
+_LASTS = 64  # steps
+
+# Edge ratio r0 after the rise above which it is told, by class. In full batches the smallest r0 of failed jumps.
+_CUTS = {
+    "gradient descent": 2.3,
+    "Nesterov": 2.0,
+    "heavy ball": 1.8,
+    "Adam": 1.2,
+    "SGD, minibatches": 1.7,
+    "momentum, minibatches": 0.3,
+}
+# Bounds of r0, and how many of the suite's jumps into each range failed: (failed, jumps).
+_BOUNDS = (0.6, 1.2, 2.5, 5.0, 10.0)
+_FAILED: dict[str, tuple[tuple[int, int], ...]] = {}
+
+
+def class_of(family: str, momentum: float, full_batch: bool) -> str:
+    """Return the class of optimizers whose jumps are counted together."""
+    if family == "adam":
+        return "Adam"
+    if full_batch:
+        return "Nesterov" if family == "nesterov" else "heavy ball" if momentum >= 0.5 else "gradient descent"
+    return "momentum, minibatches" if momentum >= 0.5 else "SGD, minibatches"
+
+
+class JumpRisk:
+    """Watches for a rise of the learning rate by 1.4 or more within five steps, to a high edge ratio.
+
+    Attributes:
+        ratio: Edge ratio r0 at the highest learning rate of the present event; None outside of one.
+        at: Step at which the event was noticed.
+    """
+
+    def __init__(self) -> None:
+        self._recent: list[list[float]] = []  # step, lr
+        self.ratio: float | None = None
+        self.at: int | None = None
+
+    def take(self, step: int, lr: float | None, lr_ahead: float | None, ratio: float | None, kind: str) -> None:
+        """Take in the learning rate of a step before it is taken.
+
+        Args:
+            step: The step.
+            lr: Its learning rate.
+            lr_ahead: The highest of the next five steps, if known.
+            ratio: Edge ratio at ``lr``.
+            kind: Class of the optimizer, see :func:`class_of`.
+        """
+        if self.at is not None and not 0 <= step - self.at <= _LASTS:
+            self.ratio = self.at = None
+        if lr is None or not 0.0 < lr < math.inf:
+            return
+        self._recent = [entry for entry in self._recent if 0 < step - entry[0] <= _SPAN]
+        low = min([lr, *(value for _, value in self._recent)])
+        top = lr if lr_ahead is None or not math.isfinite(lr_ahead) else max(lr, lr_ahead)
+        self._recent.append([step, lr])
+        if ratio is None or max(top / lr, lr / low) < _RISE:
+            return
+        reached = ratio * top / lr
+        if reached > _CUTS[kind] and (self.ratio is None or reached > self.ratio):
+            self.at = step if self.at is None else self.at
+            self.ratio = reached
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain Python values."""
+        return {"recent": [list(entry) for entry in self._recent], "ratio": self.ratio, "at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._recent = [list(entry) for entry in state["recent"]]
+        self.ratio, self.at = state["ratio"], state["at"]
+
+
+def failures_at(ratio: float, kind: str) -> tuple[int, int] | None:
+    """Return how many of the suite's jumps of this class to about this edge ratio failed, and how many there were."""
+    counts: Sequence[tuple[int, int]] = _FAILED.get(kind, ())
+    place = sum(ratio > bound for bound in _BOUNDS)
+    return counts[place] if place < len(counts) and counts[place][1] else None
