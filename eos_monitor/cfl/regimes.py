@@ -129,6 +129,7 @@ class ActivationRegimes(Metric):
             raise ValueError("Expected a module with a Linear or convolution layer, got one without any weight matrix.")
         self._reference, self._kink_width = _Reference(module), kink_width
         self._reasons: dict[str, str] = {}
+        self._activations: dict[str, str] = {}
         # One row a layer whether or not it is seen, so that all processes have the same rows.
         self.add_state("counts", torch.zeros(len(self._names), 3, dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -157,6 +158,7 @@ class ActivationRegimes(Metric):
             self.counts[self._names.index(name)] += counts.to(self.counts.device)
         self._reasons |= captured.not_attributed
         self._reasons |= {call.name: call.reason for call in captured.layers if call.reason}
+        self._activations |= _described(captured)
 
     def compute(self) -> dict[str, RegimeShares]:
         """Return layer -> shares, over all processes; only layers of which an entry was counted."""
@@ -170,7 +172,12 @@ class ActivationRegimes(Metric):
     def reset(self) -> None:
         """Forget all counts."""
         super().reset()
-        self._reasons = {}
+        self._reasons, self._activations = {}, {}
+
+    @property
+    def activations(self) -> dict[str, str]:
+        """Layer -> the activation it was judged by in this process, such as ``"relu via batch_norm, add"``."""
+        return dict(self._activations)
 
     @property
     def not_attributed(self) -> dict[str, str]:
@@ -178,6 +185,15 @@ class ActivationRegimes(Metric):
         counted = self.counts.sum(dim=1).tolist()
         unseen = [name for name, n in zip(self._names, counted, strict=True) if n == 0]
         return {name: self._reasons.get(name, "not measured yet") for name in unseen}
+
+
+def _described(captured: Capture) -> dict[str, str]:
+    words: dict[str, dict[str, None]] = {}
+    for call in captured.layers:
+        if call.activation is not None:
+            via = f" via {', '.join(call.activation.via)}" if call.activation.via else ""
+            words.setdefault(call.name, {})[f"{call.activation.activation.name}{via}"] = None
+    return {name: "; ".join(found) for name, found in words.items()}
 
 
 def _matched(module: nn.Module, previous: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:

@@ -154,6 +154,7 @@ def test_kinks_use_the_reach_of_the_last_update() -> None:
     for name, (now, old) in {"a": first, "b": second}.items():
         wanted[name] = counted(now.abs() <= (now - old).abs(), now > 0)
     assert shares(regimes) == wanted
+    assert regimes.activations == {"a": "relu via batch_norm", "b": "relu via add, dropout"}
     assert 0.02 < wanted["a"][1] < 0.9  # a reach that tells entries apart
     fixed = ActivationRegimes(net, kink_width=0.3)
     fixed.update(mean_output, x)
@@ -184,6 +185,7 @@ def test_layer_used_twice_counts_both_uses() -> None:
         two = net.layer(F.silu(one))
     parts = [torch.cat(masks) for masks in zip(COUNTS["silu"](one), COUNTS["tanh"](two), strict=True)]
     assert shares(regimes) == {"layer": counted(*parts)}
+    assert regimes.activations == {"layer": "silu; tanh"}
 
 
 class Odd(nn.Module):
