@@ -60,6 +60,9 @@ class RelaxationGuard(Callback):
       not clear the gradients between the evaluations of the step: they would be summed up over different weights.
     - Precision with a gradient scaler (``"16-mixed"``). Lightning then evaluates once by itself and calls the
       optimizer without a closure.
+    - With several processes, noise without a generator: the processes would step to different weights, while DDP
+      averages their gradients. Give each the same seeded ``generator``.
+    - With several processes, ``ElasticSGD(distributed=True)``: its workers need gradients of their own.
 
     Without one of these optimizers it does nothing. Under manual optimization, ``optimizer.step(closure)`` is the
     user's own and nothing is refused.
@@ -94,6 +97,17 @@ def _refuse(trainer: Any, optimizers: Iterable[Relaxation]) -> None:
                 f"Expected accumulate_grad_batches=1 with {name}, got {accumulated}: each of the {calls} evaluations "
                 "in a step is at other weights, and Lightning would sum their gradients up. Load larger batches "
                 f"instead: fresh_batch cuts them into {calls} mini-batches."
+            )
+        if trainer.world_size > 1 and optimizer.draws_noise and optimizer.generator is None:
+            raise MisconfigurationException(
+                f"Expected {name} to have a generator in {trainer.world_size} processes, got None: each process would "
+                "draw other noise and step to other weights. Pass generator=torch.Generator(device).manual_seed(0)."
+            )
+        if trainer.world_size > 1 and optimizer.param_groups[0].get("distributed"):
+            raise MisconfigurationException(
+                f"Expected {name} to have its workers in this process under a Trainer with {trainer.world_size} "
+                "processes, got distributed=True: the Trainer averages the gradients that its workers need apart. Run "
+                "it in a plain loop, or with distributed=False."
             )
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(

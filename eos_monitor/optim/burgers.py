@@ -59,6 +59,7 @@ class BurgersSGD(Relaxation):
         Adeoye, Petersen, "A deep neural network optimization method via a traffic flow model", equations 5.18, 5.19.
     """
 
+    _noise_settings = ("viscosity",)
     _remedy = "Lower lr or raise gamma."
 
     def __init__(

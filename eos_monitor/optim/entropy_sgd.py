@@ -60,6 +60,8 @@ class EntropySGD(Relaxation):
         Chaudhari, Oberman, Osher, Soatto, Carlier, "Deep relaxation", 2017, arXiv 1704.04932, section 6.1.
     """
 
+    _noise_settings = ("temperature",)
+
     def __init__(
         self,
         params: Any,

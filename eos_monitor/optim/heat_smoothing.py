@@ -54,6 +54,7 @@ class HeatSmoothing(Relaxation):
         Chaudhari, Oberman, Osher, Soatto, Carlier, "Deep relaxation", 2017, arXiv 1704.04932, equation 26.
     """
 
+    _noise_settings = ("gamma",)
     _ranges = {"gamma": ("a number >= 0", lambda v: 0 <= v < math.inf)}
 
     def __init__(

@@ -58,6 +58,7 @@ class Relaxation(Optimizer):
     generator: torch.Generator | None
     evaluation: int | None = None
     _ranges: Mapping[str, tuple[str, Callable[[Any], bool]]] = {}  # where a subclass differs from _RANGES
+    _noise_settings: tuple[str, ...] = ()
     _remedy = "Lower inner_lr or raise gamma."
     _warned = False
 
@@ -69,6 +70,11 @@ class Relaxation(Optimizer):
     def closure_calls(self) -> int:
         """How often one step calls its closure."""
         return cast(int, self.param_groups[0]["evaluations"])
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether a step draws random numbers."""
+        return any(group[name] for group in self.param_groups for name in self._noise_settings)
 
     def inner_limit(self, group: Mapping[str, Any]) -> float:
         """Return the largest curvature of the loss (weight decay included) at which the inner loop is stable."""

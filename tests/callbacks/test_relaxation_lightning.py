@@ -1,5 +1,8 @@
 """The optimizers on a smoothed loss in a real Trainer, against the same run in a plain loop."""
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,7 @@ from eos_monitor import EdgeOfStabilityMonitor
 from eos_monitor.callbacks._compat import MisconfigurationException
 from eos_monitor.callbacks.fresh_batches import RelaxationGuard, fresh_batch
 from eos_monitor.optim import BurgersSGD, ElasticSGD, EntropySGD, HamiltonJacobi, HeatSmoothing
+from tests.callbacks import relaxation_run
 from tests.optim.relaxed import make_net, same, weights
 
 pl = pytorch_lightning
@@ -209,17 +213,55 @@ def test_accumulation_with_other_optimizers_is_none_of_its_business(tmp_path: Pa
     assert len(module.seen) == 8
 
 
+def guard(optimizer: Any, **trainer: Any) -> None:
+    """Show the guard a trainer that this machine cannot have."""
+    stand_in = {
+        "optimizers": [optimizer],
+        "callbacks": [],
+        "accumulate_grad_batches": 1,
+        "world_size": 1,
+        "precision": "32-true",
+        "precision_plugin": SimpleNamespace(),
+        **trainer,
+    }
+    RelaxationGuard().on_fit_start(SimpleNamespace(**stand_in), SimpleNamespace(automatic_optimization=True))
+
+
+def one() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(1))]
+
+
 def test_gradient_scaler_is_refused() -> None:
-    trainer = SimpleNamespace(
-        optimizers=[HamiltonJacobi([nn.Parameter(torch.ones(1))])],
-        callbacks=[],
-        accumulate_grad_batches=1,
-        precision="16-mixed",
-        precision_plugin=SimpleNamespace(scaler=object()),  # a CPU has none
-    )
-    module = SimpleNamespace(automatic_optimization=True)
+    guard(HamiltonJacobi(one()), precision_plugin=SimpleNamespace(scaler=None))
     with pytest.raises(MisconfigurationException, match="got '16-mixed': Lightning then calls"):
-        RelaxationGuard().on_fit_start(trainer, module)
+        guard(HamiltonJacobi(one()), precision="16-mixed", precision_plugin=SimpleNamespace(scaler=object()))
+
+
+@pytest.mark.parametrize(
+    "noisy",
+    [
+        lambda **kw: EntropySGD(one(), temperature=1e-5, **kw),
+        lambda **kw: HeatSmoothing(one(), **kw),
+        lambda **kw: BurgersSGD(one(), viscosity=1e-5, **kw),
+    ],
+    ids=["entropy", "heat", "burgers"],
+)
+def test_noise_of_several_processes_needs_a_generator(noisy: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="a generator in 2 processes, got None"):
+        guard(noisy(), world_size=2)
+    guard(noisy(), world_size=1)
+    guard(noisy(generator=torch.Generator()), world_size=2)
+
+
+def test_several_processes_without_noise_need_none() -> None:
+    for optimizer in (EntropySGD(one()), HamiltonJacobi(one()), HeatSmoothing(one(), gamma=0.0), BurgersSGD(one())):
+        guard(optimizer, world_size=2)
+
+
+def test_distributed_workers_are_refused_where_gradients_are_averaged() -> None:
+    with pytest.raises(MisconfigurationException, match="got distributed=True: the Trainer averages"):
+        guard(ElasticSGD(one(), distributed=True), world_size=2)
+    guard(ElasticSGD(one()), world_size=2)
 
 
 def test_manual_optimization_steps_with_its_own_closure(tmp_path: Path) -> None:
@@ -252,3 +294,37 @@ def test_manual_optimization_steps_with_its_own_closure(tmp_path: Path) -> None:
     assert module.calls == 8 * 3
     automatic = fit(OPTIMIZERS["hamilton-jacobi"], tmp_path)
     assert same(weights(module.net), weights(automatic.net))
+
+
+@pytest.mark.slow
+def test_ddp_is_one_process_on_the_union_of_the_mini_batches(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(relaxation_run.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, relaxation_run.__file__, str(tmp_path)]
+    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert same(first, second)
+    net = make_net()
+    optimizer = HeatSmoothing(
+        net.parameters(), gamma=1e-2, evaluations=3, generator=torch.Generator().manual_seed(3), momentum=0.9
+    )
+    x, y = relaxation_run.data().tensors
+    for epoch in range(2):
+        # DistributedSampler: samples shuffled by the epoch, every other one to each rank
+        order = torch.randperm(48, generator=torch.Generator().manual_seed(epoch))
+        shards = [order[rank::2].split(12) for rank in (0, 1)]
+        for step in range(2):
+
+            def closure(step: int = step, shards: Any = shards) -> Tensor:
+                k = optimizer.evaluation
+                assert k is not None
+                chosen = torch.cat([shard[step][4 * k : 4 * k + 4] for shard in shards])
+                optimizer.zero_grad()
+                loss = F.cross_entropy(net(x[chosen]), y[chosen])
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    for ours, theirs in zip(weights(net), first, strict=True):
+        # the mean of two means against one mean, a few roundings in each of 4 steps
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
