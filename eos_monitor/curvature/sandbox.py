@@ -62,6 +62,7 @@ class Sandbox:
             )
         self._module, self._overrides, self._seed = module, overrides, seed
         self._originals: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._parameters: list[Tensor] = []  # the live ones: during an evaluation the module holds stand-ins
         self._stack = ExitStack()
 
     def __enter__(self) -> Sandbox:
@@ -78,6 +79,7 @@ class Sandbox:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             stack.enter_context(preserve_rng())
             self._originals = [(m, dict(m.__dict__)) for m in self._module.modules()]
+            self._parameters = list(self._module.parameters())
             stack.callback(self._restore)
             self._stack = stack.pop_all()
         return self
@@ -105,7 +107,7 @@ class Sandbox:
             stream: Number of the random stream (one per micro-batch, so that their dropout masks differ).
             dtype: Floating-point type that buffers, attributes and the batch are cast to; None leaves them.
         """
-        memo: dict[int, Any] = {id(p): _cast(p.detach(), dtype) for p in self._module.parameters()}
+        memo: dict[int, Any] = {id(p): _cast(p.detach(), dtype) for p in self._parameters}
         memo |= {id(live): stand_in for live, stand_in in parameters.items()}
         for module, original in self._originals:
             _replace_attributes(module, {name: _copy(value, memo, dtype) for name, value in original.items()})

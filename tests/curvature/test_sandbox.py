@@ -566,3 +566,11 @@ def test_inference_tensors_become_ordinary_copies() -> None:
     copied = clone_batch([x])[0]
     assert not copied.is_inference()
     assert not copied.requires_grad
+
+
+def test_parameters_not_named_are_constants_in_every_evaluation() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    named = {net[0].weight: net[0].weight.detach()}
+    with Sandbox(net) as sandbox:
+        for _ in range(2):
+            assert not sandbox.evaluate(lambda m, x: m(x).sum(), torch.ones(1, 2), named).requires_grad
