@@ -118,16 +118,52 @@ class Activation:
             z: Pre-activations.
             reach: Distance from a kink within which z is transitioning, ≥ 0; a number or a tensor of z's shape.
         """
-        z = z.detach()
-        z = z.to(torch.promote_types(z.dtype, torch.float32))  # borders would be rounded to three digits in bfloat16
-        scale = self.scale.detach().to(z.dtype) if isinstance(self.scale, Tensor) else self.scale
-        partition = self.partition
-        table = torch.tensor(partition.regimes, device=z.device)
-        borders = torch.tensor(partition.borders, dtype=z.dtype, device=z.device)
-        regimes = table[torch.bucketize((z * scale).contiguous(), borders, right=True)]
-        for kink in partition.kinks:
-            regimes[(z - kink).abs() <= reach] = TRANSITIONING
+        z = _wide(z)
+        regimes = self._intervals(z)
+        regimes[self._near_kinks(z, reach)] = TRANSITIONING
         return regimes
+
+    def counts(self, z: Tensor, reach: Tensor | float = 0.0) -> Tensor:
+        """Return how many entries of z are in each regime, ``(3,)`` int64; those that are NaN are in none.
+
+        Args:
+            z: Pre-activations.
+            reach: See :meth:`regimes`.
+        """
+        # By comparisons, each a tenth of what sorting every entry into its regime takes.
+        z = _wide(z)
+        scaled = self._scaled(z)
+        numbers = z.numel() - z.isnan().sum()
+        below = [(scaled < border).sum() for border in self.partition.borders]
+        counts = torch.zeros(3, dtype=torch.int64, device=z.device)
+        for regime, low, high in zip(self.partition.regimes, [0, *below], [*below, numbers], strict=True):
+            counts[regime] += high - low
+        if self.partition.kinks:
+            moved = self._intervals(z, self._near_kinks(z, reach))
+            counts -= torch.bincount(moved, minlength=3)
+            counts[TRANSITIONING] += len(moved)
+        return counts
+
+    def _scaled(self, z: Tensor) -> Tensor:
+        return z * (self.scale.detach().to(z.dtype) if isinstance(self.scale, Tensor) else self.scale)
+
+    def _intervals(self, z: Tensor, where: Tensor | None = None) -> Tensor:
+        """Return the regimes by the borders alone, of all entries or of some."""
+        scaled = self._scaled(z) if where is None else self._scaled(z)[where]
+        table = torch.tensor(self.partition.regimes, device=z.device)
+        borders = torch.tensor(self.partition.borders, dtype=z.dtype, device=z.device)
+        return table[torch.bucketize(scaled.contiguous(), borders, right=True)]
+
+    def _near_kinks(self, z: Tensor, reach: Tensor | float) -> Tensor:
+        near = torch.zeros_like(z, dtype=torch.bool)
+        for kink in self.partition.kinks:
+            near |= (z - kink).abs() <= reach
+        return near
+
+
+def _wide(z: Tensor) -> Tensor:
+    z = z.detach()
+    return z.to(torch.promote_types(z.dtype, torch.float32))  # borders would be rounded to three digits in bfloat16
 
 
 def _derivatives(function: Elementwise, z: Tensor) -> tuple[Tensor, Tensor]:

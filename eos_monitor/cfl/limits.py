@@ -94,7 +94,8 @@ class Limits:
 
     def of(self, parameter: Tensor) -> LayerLimit | None:
         """Return a weight's limit; None if the optimizer has none, or none yet."""
-        one = torch.ones(1, dtype=parameter.dtype, device=parameter.device)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        one = torch.ones(1, dtype=dtype, device=parameter.device)
         if self._at is None:
             return LayerLimit(one, torch.zeros_like(one), 1, None, 2.0, None)
         if self.why_not or self._at.c is None:
@@ -106,8 +107,8 @@ class Limits:
         if len(c) > 1:  # dead units leave Adam's c near zero; so does the curvature there
             c = c.clamp(min=_DEAD * float(c[torch.isfinite(c)].median()))
         return LayerLimit(
-            c.rsqrt().to(parameter.dtype),
-            l2.to(parameter.dtype),
+            c.rsqrt().to(dtype),
+            l2.to(dtype),
             self._at.sign,
             self._lr[id(parameter)],
             self._at.threshold,

@@ -45,7 +45,7 @@ class RegimeCounter:
             )
         # What the last update moved it by; numbers that are not finite are in no regime.
         reach = self._kink_width if before is None else (z - before).abs().to(torch.promote_types(z.dtype, torch.float))
-        self._by_call[call.index] = torch.bincount(activation.regimes(z, reach)[~z.isnan()], minlength=3)
+        self._by_call[call.index] = activation.counts(z, reach)
 
     def counts(self, captured: Capture) -> dict[str, Tensor]:
         """Return layer -> counts ``(3,)`` in the order of the regimes' numbers, summed over the layer's calls."""

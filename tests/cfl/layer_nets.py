@@ -157,11 +157,16 @@ def _convolutions_1d() -> nn.Module:
     )  # fmt: skip
 
 
-def mlp(*widths: int, activation: type[nn.Module]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
-        layers += [nn.Linear(a, b), activation()]
-    return nn.Sequential(*layers[:-1])
+def _mixed_mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 1)
+    )
+
+
+def _tanh_mlp() -> nn.Module:
+    widths = (64, 12, 12, 12)
+    layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*layers, nn.Linear(12, 10))
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,8 @@ UNCOUPLED = {
     "strange-convs": Net(_strange_convolutions, cross_entropy, lambda: digits(128, 1, 8, 8), 0.15),
     "autoencoder": Net(_autoencoder, reconstruction, lambda: digits(96, 1, 8, 8), 0.3),
     "silu-convs": Net(convolutions, cross_entropy, lambda: digits(96, 1, 8, 8), 0.15),
-    "tanh-mlp": Net(lambda: mlp(64, 12, 12, 12, 10, activation=nn.Tanh), cross_entropy, lambda: digits(128, 64), 0.2),
+    "mixed-mlp": Net(_mixed_mlp, binary, lambda: cancer(128), 0.2),
+    "tanh-mlp": Net(_tanh_mlp, cross_entropy, lambda: digits(128, 64), 0.2),
 }
 COUPLED = {
     "bn-relu-convs": Net(lambda: convolutions(True, nn.ReLU), cross_entropy, lambda: digits(96, 1, 8, 8), 0.15),
