@@ -134,9 +134,10 @@ class Activation:
         z = _wide(z)
         scaled = self._scaled(z)
         numbers = z.numel() - z.isnan().sum()
-        below = [(scaled < border).sum() for border in self.partition.borders]
+        none = torch.zeros((), dtype=torch.int64, device=z.device)
+        below = [none, *((scaled < border).sum() for border in self.partition.borders)]
         counts = torch.zeros(3, dtype=torch.int64, device=z.device)
-        for regime, low, high in zip(self.partition.regimes, [0, *below], [*below, numbers], strict=True):
+        for regime, low, high in zip(self.partition.regimes, below, [*below[1:], numbers], strict=True):
             counts[regime] += high - low
         if self.partition.kinks:
             moved = self._intervals(z, self._near_kinks(z, reach))

@@ -157,10 +157,23 @@ def test_kinks_transition_within_reach(activation: Activation, kinks: list[float
     assert not activation.second_derivative(z).any()
 
 
+@pytest.mark.parametrize("reach", ["none", "width", "update"])
+@pytest.mark.parametrize("name", ["silu", "tanh", "elu-1.5", "relu", "relu6"])
+def test_counts_are_those_of_the_regimes(name: str, reach: str) -> None:
+    activation = SMOOTH[name][0] if name in SMOOTH else call(name)
+    z = 4.0 * torch.randn(2, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z[0, :50], z[1, :20], z[1, 20:25] = 0.0, 6.0, float("nan")  # some of them exactly at kinks
+    width = {"none": 0.0, "width": 0.1, "update": z.roll(1).abs().nan_to_num() / 10}[reach]
+    wanted = torch.bincount(activation.regimes(z, width)[~z.isnan()], minlength=3)
+    assert torch.equal(activation.counts(z, width), wanted)
+    assert int(wanted.sum()) == z.numel() - 5
+
+
 def test_scale_per_channel_moves_each_border() -> None:
     beta = torch.tensor([0.5, 2.0], dtype=torch.float64)[:, None]
     z = torch.tensor([[2.3, 2.4], [0.58, 0.59]], dtype=torch.float64)  # borders at 2.341 and 0.585
     assert swish(beta).regimes(z).tolist() == [[TRANSITIONING, ACTIVATED], [TRANSITIONING, ACTIVATED]]
+    assert swish(beta).counts(z).tolist() == [0, 2, 2]
 
 
 def test_threshold_of_softplus_cuts_its_band() -> None:
