@@ -154,15 +154,15 @@ class Quadratic(nn.Module):
     def radius(self) -> float:
         return float(self.multipliers().abs().max())
 
-    def critical_scale(self) -> float:
-        """Factor on H at which the real step turns unstable; H is left there."""
+    def critical_scale(self, near: float) -> float:
+        """Factor on H at which the real step turns unstable, looked for from a tenth of ``near``; H is left there."""
         unit = self.hessian
 
         def radius(factor: float) -> float:
             self.hessian = factor * unit
             return self.radius()
 
-        measured = crossing(radius)
+        measured = crossing(radius, near / 10)
         self.hessian = measured * unit
         return measured
 
@@ -192,13 +192,13 @@ def before(key: str, value: Tensor, g: Tensor, group: Any, steps: int) -> Tensor
 
 
 def crossing(value: Callable[[float], float], start: float = 1e-6) -> float:
-    """Smallest factor, to 1e-10 of itself, at which a growing ``value`` passes 1 (up to its rounding)."""
+    """Smallest factor, to 1e-9 of itself, at which a growing ``value`` passes 1 (up to its rounding)."""
     high = start
     while value(high) <= 1.0 + 1e-12:
         high *= 16
         assert high < 1e12, "never unstable"
     low = high / 16
-    return float(brentq(lambda factor: value(factor) - 1.0 - 1e-12, low, high, xtol=1e-10 * low, rtol=1e-10))
+    return float(brentq(lambda factor: value(factor) - 1.0 - 1e-12, low, high, xtol=1e-9 * low, rtol=1e-9))
 
 
 def edge_ratio(hessian: Tensor, optimizers: list[Optimizer]) -> float:
