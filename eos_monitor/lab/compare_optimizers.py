@@ -36,24 +36,33 @@ class Method:
     build: Callable[[Iterator[nn.Parameter], torch.Generator], Optimizer]
 
 
+# The paper's scoping is 10⁻³ a step.
 METHODS = (
     Method("SGD", "η = 0.1", lambda params, g: SGD(params, lr=0.1)),
-    Method("Entropy-SGD", "η = γ = 1, η′ = 0.1, L = 20", lambda params, g: EntropySGD(params, lr=1.0, gamma=1.0)),
+    Method(
+        "Entropy-SGD",
+        "η = γ = 1, η′ = 0.1, L = 20",
+        lambda params, g: EntropySGD(params, lr=1.0, gamma=1.0, scoping=1e-3),
+    ),
     Method(
         "Entropy-SGD, noise",
         "the same, T = 5·10⁻⁷",
-        lambda params, g: EntropySGD(params, lr=1.0, gamma=1.0, temperature=5e-7, generator=g),
+        lambda params, g: EntropySGD(params, lr=1.0, gamma=1.0, temperature=5e-7, scoping=1e-3, generator=g),
     ),
-    Method("Hamilton–Jacobi", "η = 0.5, γ = 1, L = 5", lambda params, g: HamiltonJacobi(params, lr=0.5, gamma=1.0)),
+    Method(
+        "Hamilton–Jacobi",
+        "η = 0.5, γ = 1, L = 5",
+        lambda params, g: HamiltonJacobi(params, lr=0.5, gamma=1.0, scoping=1e-3),
+    ),
     Method(
         "Hamilton–Jacobi, narrow",
         "η = 0.5, γ = 0.1, L = 5",
-        lambda params, g: HamiltonJacobi(params, lr=0.5, gamma=0.1),
+        lambda params, g: HamiltonJacobi(params, lr=0.5, gamma=0.1, scoping=1e-3),
     ),
     Method(
         "Heat",
         "η = 0.5, γ = 10⁻⁴, L = 5",
-        lambda params, g: HeatSmoothing(params, lr=0.5, gamma=1e-4, generator=g),
+        lambda params, g: HeatSmoothing(params, lr=0.5, gamma=1e-4, scoping=1e-3, generator=g),
     ),
     Method(
         "Elastic-SGD",

@@ -52,7 +52,7 @@ class BurgersSGD(Relaxation):
         ...     loss = 0.5 * x.square().sum()  # in training: of the next mini-batch
         ...     loss.backward()
         ...     return loss
-        >>> float(optimizer.step(closure)), x.item()  # y = 1/2
+        >>> optimizer.step(closure).item(), x.item()  # y = 1/2
         (0.5, 0.75)
 
     References:

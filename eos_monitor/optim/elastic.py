@@ -59,7 +59,7 @@ class ElasticSGD(Relaxation):
         ...     loss = 0.5 * x.square().sum()  # in training: of the next mini-batch
         ...     loss.backward()
         ...     return loss
-        >>> float(optimizer.step(closure)), x.item(), optimizer.closure_calls
+        >>> optimizer.step(closure).item(), x.item(), optimizer.closure_calls
         (0.5, 0.5, 2)
 
     References:

@@ -30,7 +30,7 @@ class HamiltonJacobi(Relaxation):
         momentum: SGD's momentum on the smoothed gradient, in [0, 1).
         nesterov: Whether it is Nesterov's.
         weight_decay: Coupled weight decay, part of f and so taken at x − γp.
-        scoping: Share of γ that is lost with each step.
+        scoping: Share of γ that is lost with each step; the paper's is 1e-3.
         foreach: Whether to use torch's multi-tensor kernels; by default where SGD does.
 
     Raises:
@@ -50,7 +50,7 @@ class HamiltonJacobi(Relaxation):
         ...     loss = 0.5 * x.square().sum()  # in training: of the next mini-batch
         ...     loss.backward()
         ...     return loss
-        >>> float(optimizer.step(closure)), x.item()  # p = 1/2, then 1/4 + (1 − 1/2)/2 = 1/2
+        >>> optimizer.step(closure).item(), x.item()  # p = 1/2, then 1/4 + (1 − 1/2)/2 = 1/2
         (0.5, 0.75)
 
     References:
@@ -70,7 +70,7 @@ class HamiltonJacobi(Relaxation):
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        scoping: float = 1e-3,
+        scoping: float = 0.0,
         foreach: bool | None = None,
     ) -> None:
         defaults = dict(

@@ -28,7 +28,7 @@ class HeatSmoothing(Relaxation):
         momentum: SGD's momentum on the smoothed gradient, in [0, 1).
         nesterov: Whether it is Nesterov's.
         weight_decay: Coupled weight decay, taken at x: smoothing changes |x|² by a constant only.
-        scoping: Share of γ that is lost with each step.
+        scoping: Share of γ that is lost with each step; the paper's is 1e-3.
         generator: Source of the perturbations.
         foreach: Whether to use torch's multi-tensor kernels; by default where SGD does.
 
@@ -47,7 +47,7 @@ class HeatSmoothing(Relaxation):
         ...     loss = 0.5 * x.square().sum()  # in training: of the next mini-batch
         ...     loss.backward()
         ...     return loss
-        >>> float(optimizer.step(closure)), x.item()
+        >>> optimizer.step(closure).item(), x.item()
         (0.5, 0.5)
 
     References:
@@ -67,7 +67,7 @@ class HeatSmoothing(Relaxation):
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        scoping: float = 1e-3,
+        scoping: float = 0.0,
         generator: torch.Generator | None = None,
         foreach: bool | None = None,
     ) -> None:

@@ -103,7 +103,7 @@ class Relaxation(Optimizer):
                 f"{self.closure_calls} times a step. Pass step(closure)."
             )
         if not self._warned:
-            self.check_inner_stability()
+            self._warned = not self.check_inner_stability()
         parts = [
             Part(group, trainable, [p.clone() for p in trainable])
             for group in self.param_groups
@@ -134,7 +134,6 @@ class Relaxation(Optimizer):
                 stable = False
                 shown = ("inner_lr", "lr", "gamma", "averaging", "inner_momentum", "momentum")
                 settings = ", ".join(f"{name}={group[name]:g}" for name in shown if name in group)
-                self._warned = True
                 warnings.warn(
                     f"{type(self).__name__}: expected a curvature below {limit:.4g}, where the inner loop of group "
                     f"{number} ({settings}) turns unstable, got {curvature:.4g}. {self._remedy}",
