@@ -65,7 +65,7 @@ class APDE(Optimizer):
         allow_unstable: Accept ``diffusion`` above 1, at which the velocity grows without bound.
         maximize: Maximize the objective.
         foreach: Step all tensors together, one operation at a time (with memory for one more copy of the diffused
-            tensors). None: where torch's own optimizers do, which is on GPUs.
+            tensors). None: where torch's own optimizers do, which is on accelerators.
 
     Raises:
         ValueError: If a setting is out of its range, or a tensor lacks the axes.
@@ -96,6 +96,8 @@ class APDE(Optimizer):
         tensor(True)
     """
 
+    _spare: dict[tuple[torch.device, torch.dtype], Tensor]
+
     def __init__(
         self,
         params: ParamsT,
@@ -125,7 +127,12 @@ class APDE(Optimizer):
             "maximize": maximize,
             "foreach": foreach,
         }
+        self._spare = {}
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._spare = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose settings are checked.
@@ -185,8 +192,10 @@ class APDE(Optimizer):
         foreach = group["foreach"]
         if foreach is None:
             _, foreach = _default_to_fused_or_foreach([d.param for d in diffused], differentiable=False)
-        step = _step_together if foreach else _step_each
-        step(diffused, group, lr, momentum)
+        if foreach:
+            _step_together(diffused, group, lr, momentum)
+        else:
+            self._step_each(diffused, group, lr, momentum)
 
     def _step_plain(self, params: list[Tensor], group: dict[str, Any], lr: float, momentum: float) -> None:
         grads = [p.grad for p in params if p.grad is not None]
@@ -208,27 +217,29 @@ class APDE(Optimizer):
             for p, velocity in zip(params, velocities, strict=True):
                 self.state[p]["momentum_buffer"] = velocity
 
+    def _step_each(self, diffused: Sequence[Diffused], group: Mapping[str, Any], lr: float, momentum: float) -> None:
+        """Step tensor by tensor, with two additions a neighbourhood: three passes over memory for v, four for θ."""
+        for p, grad, v, axes, beta in diffused:
+            g = -grad if group["maximize"] else grad
+            if group["weight_decay"]:
+                g = g.add(p, alpha=group["weight_decay"])
+            ahead = self._like(v)
+            # γv + β∇²v = (γ − 2Nβ) v + β · (sum of the 2N neighbours)
+            own = momentum - 2 * len(axes) * beta
+            add_neighbours(g, v, axes, group["boundary"], beta, out=ahead)
+            torch.add(ahead, v, alpha=own, out=v)
+            add_neighbours(g, v, axes, group["boundary"], beta, out=ahead)
+            p.add_(ahead.add_(v, alpha=own), alpha=-lr)
 
-def _step_each(diffused: Sequence[Diffused], group: Mapping[str, Any], lr: float, momentum: float) -> None:
-    """Step tensor by tensor, with two additions a neighbourhood: three passes over memory for v, four for θ."""
-    sizes: dict[tuple[torch.device, torch.dtype], int] = {}
-    for d in diffused:
-        key = (d.velocity.device, d.velocity.dtype)
-        sizes[key] = max(sizes.get(key, 0), d.velocity.numel())
-    # One for all: fresh memory for each tensor costs page faults, which were half of the time of a step.
-    spare = {key: torch.empty(size, device=key[0], dtype=key[1]) for key, size in sizes.items()}
-    for p, grad, v, axes, beta in diffused:
-        g = -grad if group["maximize"] else grad
-        if group["weight_decay"]:
-            g = g.add(p, alpha=group["weight_decay"])
-        shared = spare[v.device, v.dtype][: v.numel()].view(v.shape)
-        ahead = shared if v.is_contiguous() else torch.empty_like(v)
-        # γv + β∇²v = (γ − 2Nβ) v + β · (sum of the 2N neighbours)
-        own = momentum - 2 * len(axes) * beta
-        add_neighbours(g, v, axes, group["boundary"], beta, out=ahead)
-        torch.add(ahead, v, alpha=own, out=v)
-        add_neighbours(g, v, axes, group["boundary"], beta, out=ahead)
-        p.add_(ahead.add_(v, alpha=own), alpha=-lr)
+    def _like(self, v: Tensor) -> Tensor:
+        """Return memory of the shape of ``v``, which all share: page faults of fresh memory double a step's time."""
+        if not v.is_contiguous():
+            return torch.empty_like(v)
+        key = (v.device, v.dtype)
+        spare = self._spare.get(key)
+        if spare is None or spare.numel() < v.numel():
+            spare = self._spare[key] = v.new_empty(v.numel())
+        return spare[: v.numel()].view(v.shape)
 
 
 def _step_together(diffused: Sequence[Diffused], group: Mapping[str, Any], lr: float, momentum: float) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import memory, overhead, peers, products, readings
+from tests.benchmarks import memory, optimizers, overhead, peers, products, readings
 from tests.benchmarks.tables import Progress, Table, write
 
 SECTIONS: dict[str, Callable[[Progress], list[Table]]] = {
@@ -21,6 +21,7 @@ SECTIONS: dict[str, Callable[[Progress], list[Table]]] = {
     "peers": peers.measure,
     "memory": memory.measure,
     "overhead": overhead.measure,
+    "optimizers": optimizers.measure,
 }
 _DOC = Path(__file__).parents[2] / "docs" / "cost.md"
 
