@@ -31,18 +31,21 @@ from eos_monitor.callbacks.ranks import ranks_of, unsupported
 from eos_monitor.callbacks.trainer_sandbox import TrainerSandbox
 from eos_monitor.callbacks.verification import Verification, run_fingerprint
 from eos_monitor.curvature.fingerprint import Fingerprint
+from eos_monitor.curvature.twin import trained_parameters
 from eos_monitor.dashboard.report import run_report
 from eos_monitor.stability.detector import Verdict
-from eos_monitor.stability.engine import Engine, Ranks
+from eos_monitor.stability.engine import Change, Engine, Ranks
+from eos_monitor.stability.followed import Followed
 from eos_monitor.stability.gauge import Gauge
 from eos_monitor.stability.lookahead import edge_ratio_at
 from eos_monitor.stability.reading import Measurement, StabilityReading
+from eos_monitor.stability.steps import Steps
+from eos_monitor.stability.thresholds import learning_rates
 
 if TYPE_CHECKING:
     from eos_monitor.callbacks.companion import Companion
 
 _LOSS_POINTS = 4000  # kept for the figure; thinned out beyond
-_SYNC_EVERY = 64  # losses on an accelerator are read in lots, one synchronization each
 
 
 class EdgeOfStabilityMonitor(Callback):
@@ -104,6 +107,8 @@ class EdgeOfStabilityMonitor(Callback):
         method: ``"auto"``, ``"double-backward"`` or ``"fd"``, see :class:`HessianOperator`.
         alert_cooldown: Seconds for which the same change of verdict is told once only, unless it got worse since; at
             most ten alerts go out in a minute, and what was held back is counted at the end of fit.
+        projections: Follow each update (its size, and its projections on the critical mode and on a random vector):
+            one copy of the parameters and six passes over them a step. None for if it fits into the budget.
         seed: Seed of start vectors and jitter.
 
     Raises:
@@ -116,6 +121,8 @@ class EdgeOfStabilityMonitor(Callback):
         >>> trainer.fit(module, loader)  # doctest: +SKIP
         >>> print(trainer.callbacks[0].report())  # doctest: +SKIP
     """
+
+    _begun: bool  # whether the present step is under way
 
     def __init__(
         self,
@@ -137,6 +144,7 @@ class EdgeOfStabilityMonitor(Callback):
         max_matvecs: int = 64,
         method: Literal["auto", "double-backward", "fd"] = "auto",
         alert_cooldown: float = 60.0,
+        projections: bool | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -147,6 +155,7 @@ class EdgeOfStabilityMonitor(Callback):
         self.enabled = enabled
         self._loss_fn, self._alerts, self._full_batch = loss_fn, tuple(alerts), full_batch
         self._verify, self._expose, self._cooldown = verify, expose_metrics, alert_cooldown
+        self._projections = projections
         shared: dict[str, Any] = {"batch_size_fn": batch_size_fn, "seed": seed}
         self._gauge_settings = shared | {
             "k": k,
@@ -231,6 +240,7 @@ class EdgeOfStabilityMonitor(Callback):
         self._loss, self._loss_source = resolve_loss(self._loss_fn, pl_module)
         self._outputs = self._open_outputs(trainer)
         self._outputs.layout()
+        self._engine.changed = self._announce
         for companion in self.companions:
             companion.begin_with(trainer)
         self._active = True
@@ -253,7 +263,10 @@ class EdgeOfStabilityMonitor(Callback):
             )
             self._engine.forget_verdict()
         self._watched_before = None
-        self._ahead = LookAhead(trainer, pl_module)
+        if self._active:
+            self._engine.follow(trainer.optimizers)
+            self._ahead = LookAhead(trainer, pl_module)
+            self._steps = self._follow_steps(trainer)
         self._engine.schedule.begin(_step(trainer))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -266,6 +279,8 @@ class EdgeOfStabilityMonitor(Callback):
             step = _step(trainer)
             if step == self._window:
                 return
+            if self._window is not None:
+                self._steps.end(self._window)  # nothing, unless the optimizer was stepped behind Lightning's back
             self._window = step
             self._write_leftover(trainer)
             if self._engine.due(step):
@@ -273,8 +288,11 @@ class EdgeOfStabilityMonitor(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Read the learning rates that the step uses."""
-        if self._active and self._pending is not None and self._finished is None:
-            with self._engine.schedule.own_time():
+        if not self._active:
+            return
+        with self._engine.schedule.own_time():
+            self._begin_step(trainer)
+            if self._pending is not None and self._finished is None:
                 settings = self._ahead.after(1, self._batch_idx)
                 self._finished = replace(
                     self._pending.at(trainer.optimizers),
@@ -290,6 +308,9 @@ class EdgeOfStabilityMonitor(Callback):
         with self._engine.schedule.own_time():
             self._batch_ended = True
             self._collect_loss(trainer, pl_module, outputs)
+            if self._begun:
+                self._begun = False
+                self._steps.end(_step(trainer))
             if self._finished is not None:
                 self._write(trainer, self._finished)
 
@@ -300,7 +321,8 @@ class EdgeOfStabilityMonitor(Callback):
         engine, step, self._ending = self._engine, _step(trainer), True
         with engine.schedule.own_time():
             self._write_leftover(trainer)
-            self._flush_losses(trainer)
+            self._steps.end(step)
+            self._steps.flush()
             engine.samples.close()
             on_time = engine.due(step) if engine.schedule.every_n_steps else engine.affordable()
             possible = engine.ready() and engine.samples.kind != "batch"
@@ -322,10 +344,11 @@ class EdgeOfStabilityMonitor(Callback):
         self._engine = Engine(Gauge(**self._gauge_settings), **self._engine_settings)
         self._verification = Verification(self._verify)
         self._used = self._active = self._batch_ended = self._introduced = self._ending = False
+        self._begun = False
         self._pending = self._finished = None
+        self._followed = Followed(None)
         self._companions_seconds = 0.0
         self._watched = []
-        self._unread_losses: list[tuple[int, Tensor, float]] = []
         self._losses: list[tuple[int, float]] = []
 
     def _collect(self, trainer: Any, batch: Any, batch_idx: int) -> None:
@@ -350,6 +373,9 @@ class EdgeOfStabilityMonitor(Callback):
                 sandbox=TrainerSandbox(trainer, pl_module),
             )
             self._companions_measure(trainer, pl_module, batch, step, measurement)
+            if measurement is not None:
+                self._followed = Followed(measurement, self._followed)
+                self._steps.aim(self._followed.direction, trained_parameters(trainer.optimizers))
             return measurement
 
         def look() -> Fingerprint:
@@ -397,7 +423,7 @@ class EdgeOfStabilityMonitor(Callback):
 
     def _write(self, trainer: Any, reading: StabilityReading) -> None:
         self._pending = self._finished = None
-        before = self._engine.verdict
+        self._steps.flush()
         verdict = self._engine.take(reading, self._companions_seconds)
         self._introduce(reading)
         row = self._engine.rows[-1]
@@ -415,7 +441,6 @@ class EdgeOfStabilityMonitor(Callback):
                     on_epoch=False,
                     batch_size=1,
                 )
-        self._announce(reading.step, before, reading, None)
         for companion in self.companions:
             companion.guard(partial(companion.write, reading.step, verdict))
 
@@ -437,31 +462,48 @@ class EdgeOfStabilityMonitor(Callback):
             f"{schedule.startup:.2g} s"
         )
 
-    def _announce(self, step: int, before: Verdict, reading: StabilityReading | None, loss: float | None) -> None:
-        verdict = self._engine.verdict
-        if verdict != before:
-            self._outputs.alert(alert_of(step, verdict, before, reading, loss))
+    def _announce(self, change: Change) -> None:
+        self._outputs.alert(alert_of(change, self.readings[-1] if self.readings else None))
+
+    def _follow_steps(self, trainer: Any) -> Steps:
+        engine = self._engine
+        exact = engine.schedule.every_n_steps is not None  # whoever sets the cadence has set the cost
+        return Steps(
+            trained_parameters(trainer.optimizers),
+            self._take_step,
+            movements=True if self._projections is None and exact else self._projections,
+            max_overhead=engine.schedule.max_overhead,
+            processes=engine.ranks.size,
+            sum_over_ranks=engine.ranks.sum,
+            from_first=engine.ranks.from_first,
+            tell=self._outputs.say,
+        )
+
+    def _take_step(self, step: int, **inputs: Any) -> None:
+        loss = inputs.get("loss")
+        if loss is not None and math.isfinite(loss):
+            self._losses.append((step, loss))
+            if len(self._losses) > _LOSS_POINTS:
+                self._losses = self._losses[::2]
+        self._engine.take_step(step, **inputs)
+
+    def _begin_step(self, trainer: Any) -> None:
+        if not self._begun:
+            self._begun = True
+            self._steps.begin(
+                _step(trainer),
+                lambda: {
+                    "lr": learning_rates(trainer.optimizers),
+                    "lr_ahead": self._ahead.highest_rate(self._batch_idx),
+                    "edge_ratio": self._followed.edge_ratio(trainer.optimizers),
+                },
+            )
 
     def _collect_loss(self, trainer: Any, pl_module: Any, outputs: Any) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            return
-        # Lightning hands out the loss divided by the number of accumulated batches.
-        factor = float(trainer.accumulate_grad_batches) if pl_module.automatic_optimization else 1.0
-        self._unread_losses.append((_step(trainer), loss.detach(), factor))
-        if loss.device.type == "cpu" or len(self._unread_losses) >= _SYNC_EVERY:
-            self._flush_losses(trainer)
-
-    def _flush_losses(self, trainer: Any) -> None:
-        for step, tensor, factor in self._unread_losses:
-            loss, before = float(tensor) * factor, self._engine.verdict
-            self._engine.take_loss(step, loss)
-            self._announce(step, before, self.readings[-1] if self.readings else None, loss)
-            if math.isfinite(loss):
-                self._losses.append((step, loss))
-        self._unread_losses = []
-        if len(self._losses) > _LOSS_POINTS:
-            self._losses = self._losses[::2]
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            # Lightning hands out the loss divided by the number of accumulated batches.
+            self._steps.loss(loss, float(trainer.accumulate_grad_batches) if pl_module.automatic_optimization else 1.0)
 
     def _finish(self, step: int) -> None:
         engine = self._engine

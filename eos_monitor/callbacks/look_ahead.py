@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from eos_monitor.stability.attempts import Attempts
 from eos_monitor.stability.lookahead import Position, Settings, SettingsAhead
+
+_HORIZON = 5  # steps in which a rise of the learning rate is looked for
+_ASKED = 8
 
 
 class LookAhead:
@@ -18,6 +22,7 @@ class LookAhead:
 
     def __init__(self, trainer: Any, pl_module: Any) -> None:
         self._trainer = trainer
+        self._rates: list[float] = []  # of the present step and of those to come
         self._attempts = Attempts("looking ahead at what schedulers will set")
         self._ahead = (
             SettingsAhead(trainer.lr_scheduler_configs, trainer.optimizers)
@@ -37,3 +42,22 @@ class LookAhead:
             batch_idx, trainer.current_epoch, trainer.num_training_batches, trainer.accumulate_grad_batches
         )
         return self._attempts.run(lambda: ahead.after(steps, position))
+
+    def highest_rate(self, batch_idx: int) -> float | None:
+        """Return the highest learning rate of the first group in the next five steps; None if it is not known.
+
+        To be asked once a step: eight are asked for at once, and again after four or when the present one is another.
+        """
+        if self._ahead is None or self._attempts.off is not None:
+            return None
+        now = _first_rate(self._trainer.optimizers)
+        if len(self._rates) > _HORIZON + 1 and self._rates[1] == now:
+            self._rates.pop(0)
+        else:
+            found = [self.after(n, batch_idx) for n in range(1, _ASKED + 1)]
+            self._rates = [now, *(float(settings[0][0]["lr"]) for settings in found if settings is not None)]
+        return max(self._rates[1 : _HORIZON + 1], default=None)
+
+
+def _first_rate(optimizers: Sequence[Any]) -> float:
+    return float(optimizers[0].param_groups[0]["lr"])

@@ -22,12 +22,36 @@ from eos_monitor.stability.gauge import Gauge
 from eos_monitor.stability.reading import Measurement, StabilityReading
 from eos_monitor.stability.samples import ProbeSamples
 from eos_monitor.stability.schedule import Schedule
+from eos_monitor.stability.steps import kind_of
 
 _WARM_UP_RETRY = 10
 
 
 def _same(value: Any) -> Any:
     return value
+
+
+@dataclass(frozen=True)
+class Change:
+    """A new verdict, or a new advisory beside it.
+
+    Attributes:
+        step: Optimizer step.
+        verdict: What the run is doing now.
+        previous: What it was doing before.
+        advisory: What to look out for; None where only the verdict is new.
+        reason: The change in words.
+    """
+
+    step: int
+    verdict: Verdict
+    previous: Verdict
+    advisory: str | None
+    reason: str
+
+
+def _ignore(change: Change) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -79,6 +103,7 @@ class Engine:
         self.rows: list[dict[str, Any]] = []  # the readings as plain values, each with the verdict of its time
         self.verdicts: list[tuple[int, Verdict]] = []  # one entry a change
         self.run_id = uuid.uuid4().hex[:12]  # from the operating system, not from a generator of the run's
+        self.changed: Callable[[Change], None] = _ignore  # called when the verdict or the advisory has changed
         self.ranks = Ranks()  # set before the first batch, and back after the last
         self._gauge = gauge
         self._full_everywhere = False
@@ -139,7 +164,7 @@ class Engine:
                 optimizers,
                 step=step,
                 full_batch=full_batch,
-                accumulate=accumulate,
+                accumulate=accumulate if self.samples.whole else None,
                 sandbox=sandbox,
                 sum_over_ranks=self.ranks.sum,
             )
@@ -179,9 +204,14 @@ class Engine:
         self.rows.append(bookkeeping | asdict(reading))
         return verdict
 
-    def take_loss(self, step: int, loss: float) -> Verdict:
-        """Take in the training loss of a step."""
-        return self._update(step, loss=loss)
+    def take_step(self, step: int, **inputs: Any) -> Verdict:
+        """Take in what a step brought; see :meth:`InstabilityDetector.update`."""
+        return self._update(step, **inputs)
+
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+        """Tell the detector which kind of optimizer it watches; what it has seen so far stays."""
+        state, self.detector = self.detector.state_dict(), InstabilityDetector(**kind_of(optimizers))
+        self.detector.load_state_dict(state)
 
     def forget_verdict(self) -> None:
         """Start the verdict afresh."""
@@ -213,11 +243,16 @@ class Engine:
             self._full_everywhere = full
         return self.off is None and self._full_everywhere
 
-    def _update(self, step: int, *, loss: float | None = None, reading: StabilityReading | None = None) -> Verdict:
-        before = self.detector.verdict
-        verdict = self.detector.update(step, loss=loss, reading=reading)
+    def _update(self, step: int, **inputs: Any) -> Verdict:
+        detector = self.detector
+        before, advisory = detector.verdict, detector.advisory
+        verdict = detector.update(step, **inputs)
         if verdict != before or not self.verdicts:
             self.verdicts.append((step, verdict))
+        if verdict != before:
+            self.changed(Change(step, verdict, before, None, detector.reason))
+        if detector.advisory is not None and detector.advisory != advisory:
+            self.changed(Change(step, verdict, before, detector.advisory, detector.advice or ""))
         return verdict
 
 

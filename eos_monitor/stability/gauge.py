@@ -94,7 +94,7 @@ class Gauge:
         *,
         step: int,
         full_batch: bool,
-        accumulate: int = 1,
+        accumulate: int | None = 1,
         sandbox: Sandbox | None = None,
         sum_over_ranks: SumOverRanks | None = None,
     ) -> Measurement:

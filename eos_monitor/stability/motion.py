@@ -40,12 +40,13 @@ class Motion:
     """
 
     def __init__(self, params: Sequence[Tensor], seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self._chunks = [_Chunk(views, generator) for views in _chunked(params)]
-        self._noted = False
+        self._params, self._seed = list(params), seed
+        self._w: Tensor | None = None
+        self._look()
 
     def aim(self, w: Tensor | None) -> None:
         """Project on ``w``, ``(n,)``, from now on."""
+        self._w = w
         sizes = [chunk.size for chunk in self._chunks]
         parts: Sequence[Tensor | None] = [None] * len(sizes) if w is None else torch.split(w.detach(), sizes)
         for chunk, part in zip(self._chunks, parts, strict=True):
@@ -54,6 +55,9 @@ class Motion:
     @torch.no_grad()
     def before(self) -> None:
         """Note where the parameters are, before an update."""
+        if self._places != _places(self._params):  # `.data` was set: the views are of what it was
+            self._look()
+            self.aim(self._w)
         for chunk in self._chunks:
             chunk.note()
         self._noted = True
@@ -65,10 +69,19 @@ class Motion:
         On the device, because reading a number from an accelerator waits for it; :func:`movement` reads them. None if
         the place before was not noted.
         """
-        if not self._noted:
+        noted, self._noted = self._noted, False
+        if not noted or self._places != _places(self._params):
             return None
-        self._noted = False
         return torch.stack([chunk.moved() for chunk in self._chunks]).sum(0)
+
+    def _look(self) -> None:
+        generator = torch.Generator().manual_seed(self._seed)
+        self._chunks = [_Chunk(views, generator) for views in _chunked(self._params)]
+        self._places, self._noted = _places(self._params), False
+
+
+def _places(params: Sequence[Tensor]) -> list[int]:
+    return [p.data_ptr() for p in params]
 
 
 class _Chunk:
@@ -87,11 +100,15 @@ class _Chunk:
     def note(self) -> None:
         if self._before is None:
             self._before = torch.empty(self.size, dtype=self._views[0].dtype, device=self._views[0].device)
-        torch.cat(self._views, out=self._before)
+        torch.cat([view.reshape(-1) for view in self._views], out=self._before)
 
     def moved(self) -> Tensor:
         assert self._before is not None
-        now = self._views[0] if len(self._views) == 1 else torch.cat(self._views)
+        now = (
+            torch.cat([view.reshape(-1) for view in self._views])
+            if len(self._views) > 1
+            else self._views[0].reshape(-1)
+        )
         update = now.to(self._dtype) - self._before
         now = now.to(self._dtype)
         along = torch.dot(update, self.w.to(self._dtype)) if self.w is not None else update.new_tensor(torch.nan)
@@ -103,7 +120,9 @@ def _chunked(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Cut parameters into pieces and join small ones, in order, at most ``_CHUNK`` coordinates each."""
     chunk: list[Tensor] = []
     for p in params:
-        for piece in torch.split(p.detach().view(-1), _CHUNK):
+        whole = torch.view_as_real(p.detach()) if p.is_complex() else p.detach()
+        # A flat view of other memory layouts would be a copy.
+        for piece in torch.split(whole.view(-1), _CHUNK) if whole.is_contiguous() else (whole,):
             kind = (piece.dtype, piece.device)
             room = _CHUNK - sum(other.numel() for other in chunk)
             if chunk and (piece.numel() > room or kind != (chunk[0].dtype, chunk[0].device)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,10 +11,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eos_monitor.curvature.sandbox import LossFn
+from eos_monitor.curvature.twin import trained_parameters
 from eos_monitor.stability.detector import Verdict
 from eos_monitor.stability.engine import Engine, append_jsonl
+from eos_monitor.stability.followed import Followed
 from eos_monitor.stability.gauge import Gauge
-from eos_monitor.stability.reading import StabilityReading
+from eos_monitor.stability.lookahead import Position, SettingsAhead, edge_ratio_at
+from eos_monitor.stability.reading import Measurement, StabilityReading
+from eos_monitor.stability.steps import Steps
+from eos_monitor.stability.thresholds import learning_rates
 
 
 class StabilityProbe:
@@ -35,6 +41,9 @@ class StabilityProbe:
         raw_sharpness: Solve for λ_max(H) too where it does not follow from the edge ratio.
         full_batch: Whether the probe is all the data that each step uses. STABLE is only said of such runs.
         batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.
+        schedulers: Schedulers that are stepped after each optimizer step, to look ahead.
+        projections: Follow each update, at one copy of the parameters and six passes over them a step; None for if it
+            fits into the budget.
 
     Attributes:
         readings: All readings, oldest first.
@@ -72,6 +81,8 @@ class StabilityProbe:
         raw_sharpness: bool = False,
         full_batch: bool = False,
         batch_size_fn: Callable[[Any], int] | None = None,
+        schedulers: Sequence[Any] = (),
+        projections: bool | None = None,
     ) -> None:
         self._module, self._loss_fn, self._full_batch = module, loss_fn, full_batch
         self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
@@ -84,7 +95,26 @@ class StabilityProbe:
             batch_size_fn=batch_size_fn,
         )
         self._step = 0
+        self._engine.follow(self._optimizers)
+        self._followed = Followed(None)
+        self._ahead = SettingsAhead(list(schedulers), self._optimizers) if schedulers else None
+        self._steps = Steps(
+            trained_parameters(self._optimizers),
+            self._engine.take_step,
+            movements=True if projections is None and every_n_steps is not None else projections,
+            max_overhead=max_overhead,
+        )
         self._engine.schedule.begin(0)
+
+    def _highest_rate(self, step: int) -> float | None:
+        if self._ahead is None:
+            return None
+        ahead = [self._ahead.after(n, Position(step)) for n in range(1, 6)]
+        return max((float(settings[0][0]["lr"]) for settings in ahead if settings is not None), default=None)
+
+    def _next_edge_ratio(self, measurement: Measurement, step: int) -> float | None:
+        settings = None if self._ahead is None else self._ahead.after(1, Position(step))
+        return edge_ratio_at(measurement, self._optimizers, settings)
 
     @property
     def readings(self) -> list[StabilityReading]:
@@ -117,11 +147,20 @@ class StabilityProbe:
         self._step += 1
         reading = None
         with engine.schedule.own_time():
+            self._steps.end(step - 1)
+            self._steps.begin(
+                step,
+                lambda: {
+                    "lr": learning_rates(self._optimizers),
+                    "lr_ahead": self._highest_rate(step),
+                    "edge_ratio": self._followed.edge_ratio(self._optimizers),
+                },
+            )
             engine.collect(batch)
             if self._full_batch:
                 engine.samples.close()  # the first batch is all there is
             if loss is not None:
-                engine.take_loss(step, float(loss))
+                self._steps.loss(loss, whole=True)
             if engine.due(step):
                 measurement = engine.measure(
                     self._module,
@@ -131,7 +170,10 @@ class StabilityProbe:
                     batch=batch,
                     full_batch=self._full_batch and engine.samples.whole,
                 )
-                reading = measurement.reading if measurement else None
+                if measurement is not None:
+                    reading = replace(measurement.reading, edge_ratio_next=self._next_edge_ratio(measurement, step))
+                    self._followed = Followed(measurement, self._followed)
+                    self._steps.aim(self._followed.direction, trained_parameters(self._optimizers))
         if reading is not None:
             engine.take(reading)
         return reading

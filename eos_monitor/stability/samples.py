@@ -77,7 +77,7 @@ class ProbeSamples:
         halves = [split_batch(batch, 2) for batch in self.batches]
         if self._halved or not halves or any(pair is None for pair in halves):
             return False
-        self.batches, self._halved = [half for pair in halves for half in pair or ()], True
+        self.batches, self._halved, self.whole = [half for pair in halves for half in pair or ()], True, False
         return True
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ def with_state_gauges(
     optimizers: Sequence[Optimizer],
     *,
     without_threshold: bool,
-    accumulate: int,
+    accumulate: int | None,
     method: str,
     batch_size_fn: Callable[[Any], int] | None = None,
     sandbox: Sandbox | None = None,
@@ -42,14 +42,14 @@ def with_state_gauges(
         batches: The probe.
         optimizers: The optimizers in use.
         without_threshold: Whether some group has no threshold.
-        accumulate: Batches that make one optimizer step.
+        accumulate: Batches that make one optimizer step; None if the probe's are not the batches of training.
         method: How products are computed.
         batch_size_fn: Samples in a batch.
         sandbox: Sandbox to run in.
         sum_over_ranks: Sum over the processes of a data-parallel run.
     """
     limits = batch_sharpness_limits(optimizers)
-    if limits is not None and not reading.full_batch:
+    if limits is not None and accumulate is not None and not reading.full_batch:
         try:
             found = batch_sharpness(
                 module,

@@ -172,10 +172,10 @@ def test_accumulation_measures_once_a_window_and_reads_the_true_loss(tmp_path: P
     assert [reading.step for reading in monitor.readings] == [0, 1, 2, 3, 4]
     assert not monitor.readings[0].full_batch
     seen = [loss for _, loss in monitor._losses]
-    # The list outside the module also records the evaluations in the sandbox; the true losses are among them, in order.
-    iterator = iter(losses)
-    assert all(any(math.isclose(loss, other, rel_tol=1e-6) for other in iterator) for loss in seen)
-    assert len(seen) == 8
+    # The list outside the module also records the evaluations in the sandbox; a step's two losses follow each other.
+    means = iter([(a + b) / 2 for a, b in zip(losses, losses[1:], strict=False)])
+    assert all(any(math.isclose(loss, mean, rel_tol=1e-6) for mean in means) for loss in seen)
+    assert [step for step, _ in monitor._losses] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -192,8 +192,7 @@ def test_full_batch_is_found_out(settings: Any, batches: Any, expected: bool, tm
     monitor = EdgeOfStabilityMonitor(every_n_steps=1)
     fit(Net(), monitor, tmp_path, batches, **settings)
     assert {reading.full_batch for reading in monitor.readings} == {expected}
-    # 1/2 below the edge: only the full-batch run may be called stable
-    assert monitor.verdict is (Verdict.STABLE if expected else Verdict.UNKNOWN)
+    assert [reading.batch_sharpness is None for reading in monitor.readings] == [expected] * len(monitor.readings)
 
 
 def test_alerts_tell_each_change_once(tmp_path: Path) -> None:
@@ -216,7 +215,7 @@ def test_loss_that_blows_up_is_diverging(tmp_path: Path) -> None:
     fit(Breaking(), monitor, tmp_path)
     assert heard[-1].verdict is Verdict.DIVERGING
     assert heard[-1].step == 2
-    assert "nan" in heard[-1].message
+    assert "not finite" in heard[-1].message
 
 
 def test_edge_is_announced_beyond_the_limit(tmp_path: Path) -> None:

@@ -78,3 +78,36 @@ def test_parameters_are_only_read() -> None:
     motion.after()
     assert [p._version for p in params] == versions
     assert all(torch.equal(p, value) for p, value in zip(params, values, strict=True))
+
+
+def test_parameters_whose_data_is_replaced_are_still_followed() -> None:
+    params = params_of((4,))
+    motion = Motion(params)
+    motion.before()
+    params[0].data = params[0].data + 1.0
+    assert motion.after() is None
+    motion.before()
+    with torch.no_grad():
+        params[0].mul_(2.0)
+    # An update by θ itself, of what is then 2θ.
+    assert movement(motion.after().tolist()).relative_update == pytest.approx(0.5)
+
+
+def test_complex_parameters_count_by_their_parts() -> None:
+    p = nn.Parameter(torch.tensor([3.0 + 4.0j, 0.0j]))
+    motion = Motion([p])
+    motion.before()
+    with torch.no_grad():
+        p.add_(torch.tensor([3.0j, 4.0]))
+    # ‖(3 + 7i, 4)‖² = 74
+    assert movement(motion.after().tolist()).relative_update == pytest.approx(5 / 74**0.5)
+
+
+def test_other_memory_layouts_are_read_in_the_order_of_all_vectors() -> None:
+    p = nn.Parameter(torch.zeros(2, 3, 2, 2).to(memory_format=torch.channels_last))
+    motion = Motion([p])
+    motion.aim(torch.arange(24.0))
+    motion.before()
+    with torch.no_grad():
+        p[0, 1, 0, 0] = 2.0  # entry 4 of the flat vector
+    assert movement(motion.after().tolist()).projection == 8.0

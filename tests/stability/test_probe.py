@@ -394,7 +394,7 @@ def test_state_goes_through_json_and_the_run_goes_on() -> None:
 def test_changes_of_verdict_are_kept() -> None:
     engine = Engine(Gauge())
     for step, loss in enumerate((1.0, math.nan, 1.0)):
-        engine.take_loss(step, loss)
+        engine.take_step(step, loss=loss)
     assert engine.verdicts == [(0, Verdict.WARMING_UP), (1, Verdict.DIVERGING)]
 
 
