@@ -77,7 +77,7 @@ def _spectral_peak(call: LayerCall) -> Tensor:
         return x.square().reshape(len(x), -1).sum(1)
     power = torch.fft.fftn(x, dim=list(range(2, x.ndim))).abs().square()
     groups = call.options.get("groups", 1)
-    by_group = power.unflatten(1, (groups, -1)).sum(2)  # type: ignore[no-untyped-call]
+    by_group: Tensor = power.reshape(len(x), groups, -1, *x.shape[2:]).sum(2)
     return by_group.reshape(len(x), -1).amax(1)
 
 

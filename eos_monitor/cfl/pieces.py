@@ -75,7 +75,7 @@ class _Use:
 
     def spread(self, s: Tensor, y: Tensor) -> Tensor:
         """Return (1/m) Σ s g of y's shape."""
-        c = torch.bmm(s[:, None], self.probes).reshape(y.shape) / s.shape[1]
+        c = torch.bmm(s[:, None] / s.shape[1], self.probes).reshape(y.shape)
         return c if self.statistics is None else self.statistics.apply(c)
 
 
@@ -115,9 +115,7 @@ class LayerPieces:
                 outputs = [use.weight_map.apply(weight) for use in uses]
                 s = sum_of(use.project(y) for use, y in zip(uses, outputs, strict=True))
                 cotangents = [use.spread(s, y) for use, y in zip(uses, outputs, strict=True)]
-            for c, bent in zip(cotangents, _bent(uses, outputs), strict=True):
-                if bent is not None:
-                    c += bent
+            _add_bends(cotangents, uses, outputs)
             with torch.no_grad():
                 total += share * sum_of(use.weight_map.transpose(c) for use, c in zip(uses, cotangents, strict=True))
         return total.reshape(-1)
@@ -142,12 +140,12 @@ def sum_of(terms: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def _bent(uses: Sequence[_Use], outputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return T_z y of each use."""
+def _add_bends(cotangents: Sequence[Tensor], uses: Sequence[_Use], outputs: Sequence[Tensor]) -> None:
+    """Add T_z y of each use."""
     cut = [(i, use.segment) for i, use in enumerate(uses) if use.segment is not None]
-    bent: list[Tensor | None] = [
-        None if use.bend is None else use.bend * y for use, y in zip(uses, outputs, strict=True)
-    ]
+    for use, y, c in zip(uses, outputs, cotangents, strict=True):
+        if use.bend is not None:
+            c.addcmul_(use.bend, y)
     if cut:
         products = torch.autograd.grad(
             [segment.gradient for _, segment in cut],
@@ -157,8 +155,8 @@ def _bent(uses: Sequence[_Use], outputs: Sequence[Tensor]) -> list[Tensor | None
             allow_unused=True,
         )
         for (i, _), product in zip(cut, products, strict=True):
-            bent[i] = product
-    return bent
+            if product is not None:
+                cotangents[i].add_(product)
 
 
 @dataclass(eq=False)
@@ -321,13 +319,17 @@ class _Pass:
     def _build(self, edge: GradientEdge, vectors: Sequence[Tensor], bends: Mapping[int, Tensor]) -> None:
         calls = [call for calls in self.calls.values() for call in calls]
         ends = [_end(call) for call in calls]
-        found = [torch.autograd.grad([edge], ends, [v], retain_graph=True, allow_unused=True) for v in vectors]
-        for k, call in enumerate(calls):
-            gradients = [_filled(by_probe[k], call) for by_probe in found]
+        probes = [call.weight.new_zeros(self._size, len(vectors), call.shape.numel() // self._size) for call in calls]
+        for r, v in enumerate(vectors):
+            found = torch.autograd.grad([edge], ends, [v], retain_graph=True, allow_unused=True)
+            for at_call, g in zip(probes, found, strict=True):
+                if g is not None:
+                    at_call[:, r] = g.reshape(self._size, -1)
+        for call, at_call in zip(calls, probes, strict=True):
             self.uses.setdefault(call.name, []).append(
                 _Use(
                     WeightMap(call),
-                    torch.stack([g.reshape(self._size, -1) for g in gradients], dim=1),
+                    at_call,
                     bends.get(call.index),
                     None if call.batch_norm is None else _BatchStatistics.of(call),
                 )
@@ -374,10 +376,6 @@ def _end(call: LayerCall) -> GradientEdge:
     """Return where the pieces of a layer are taken: behind a batch normalization that follows it."""
     behind = None if call.batch_norm is None else call.batch_norm.edge
     return _edge(call) if behind is None else behind
-
-
-def _filled(gradient: Tensor | None, call: LayerCall) -> Tensor:
-    return call.weight.new_zeros(call.shape) if gradient is None else gradient
 
 
 def _checked(loss: Any) -> Tensor:
