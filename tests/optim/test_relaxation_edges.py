@@ -30,6 +30,7 @@ EDGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "elastic-momentum": (ElasticSGD, {"workers": 2, "evaluations": 3, "momentum": 0.9}),
     "elastic-nesterov": (ElasticSGD, {"workers": 2, "evaluations": 2, "momentum": 0.9, "nesterov": True}),
     "elastic-lone": (ElasticSGD, {"workers": 1, "evaluations": 5}),
+    "elastic-lone-nesterov": (ElasticSGD, {"workers": 1, "evaluations": 2, "momentum": 0.9, "nesterov": True}),
     "elastic-lone-uncoupled": (ElasticSGD, {"workers": 1, "gamma": math.inf}),
 }
 
