@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Loaded on first use (PEP 562), so that a TensorBoard server that imports the package does not import torch.
 _PLACES = {
     "EdgeOfStabilityMonitor": "callbacks.edge_of_stability",
+    "CFLMonitor": "callbacks.cfl",
     "StabilityProbe": "stability.probe",
     "measure_stability": "stability.gauge",
     "StabilityReading": "stability.reading",
@@ -25,6 +26,8 @@ _PLACES = {
     "directional_ratio": "curvature.directional",
     "critical_learning_rate": "curvature.critical_learning_rate",
     "preflight": "stability.preflight",
+    "estimate_cfl": "cfl.gauge",
+    "CFLEstimate": "cfl.estimate",
     "ActivationRegimes": "cfl.regimes",
     "InstabilityDetector": "stability.detector",
     "Verdict": "stability.detector",

@@ -54,6 +54,10 @@ class Companion(Callback):
     def finish(self, step: int) -> None:
         """Draw what is drawn at the end."""
 
+    def turn_off(self, why: str) -> None:
+        """Stop measuring for the rest of the run, and say why."""
+        self._attempts.turn_off(why)
+
     # ------------------------------------------------------------------ called by the host
 
     def begin_with(self, trainer: Any) -> None:

@@ -397,6 +397,7 @@ class EdgeOfStabilityMonitor(Callback):
                     step=step,
                     measurement=measurement,
                     modes=self._engine.eigenvectors,
+                    verdict=self._engine.verdict,
                 )
             )
         # Around every reading the time is that of the whole occasion already.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eos_monitor.callbacks.trainer_sandbox import TrainerSandbox
 from eos_monitor.curvature.sandbox import LossFn
+from eos_monitor.stability.detector import Verdict
 from eos_monitor.stability.reading import Measurement
 
 
@@ -24,6 +25,7 @@ class Occasion:
         step: Optimizer step that the occasion precedes.
         measurement: The host's reading; None if it failed.
         modes: Critical modes of it, ``(n, k)``.
+        verdict: The host's, as of the step before.
     """
 
     trainer: Any
@@ -33,6 +35,7 @@ class Occasion:
     step: int
     measurement: Measurement | None
     modes: Tensor | None
+    verdict: Verdict
 
     def sandbox(self) -> TrainerSandbox:
         """Return a sandbox for the module."""

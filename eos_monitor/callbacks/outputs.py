@@ -110,26 +110,43 @@ class RunOutputs:
 
     def figure(self, rows: Sequence[Mapping[str, Any]], losses: Sequence[tuple[int, float]], title: str) -> Path | None:
         """Draw the run, to a PNG in the log folder and to TensorBoard; return the PNG's path."""
-        if not rows or self.folder is None:
-            return None
-        try:
+
+        def draw() -> Any:
             from eos_monitor.dashboard.figures import run_figure
 
-            figure = run_figure(rows, losses, title)
+            return run_figure(rows, losses, title)
+
+        return self._drawn("run", draw) if rows else None
+
+    def layers_figure(self, rows: Sequence[Mapping[str, Any]]) -> Path | None:
+        """Draw the heat map of layers and steps likewise."""
+
+        def draw() -> Any:
+            from eos_monitor.dashboard.layers import layers_figure
+
+            return layers_figure(rows)
+
+        return self._drawn("layers", draw)
+
+    def _drawn(self, what: str, draw: Callable[[], Any]) -> Path | None:
+        if self.folder is None:
+            return None
+        try:
+            figure = draw()
         except ImportError:
             self.say("no figure, because matplotlib is missing: pip install 'eos-monitor[plot]'")
             return None
-        path = self.folder / f"{self._name}_run.png"
-        self._guard("figure", self._save, figure, path)
+        path = self.folder / f"{self._name}_{what}.png"
+        self._guard("figure", self._save, figure, path, f"{self._name}/{what}")
         return path if path.exists() else None
 
-    def _save(self, figure: Any, path: Path) -> None:
+    def _save(self, figure: Any, path: Path, tag: str) -> None:
         from eos_monitor.dashboard.figures import pixels_of
 
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
         for writer in self._experiments("add_image"):
-            writer.add_image(f"{self._name}/run", pixels_of(figure), self._trainer.global_step, dataformats="HWC")
+            writer.add_image(tag, pixels_of(figure), self._trainer.global_step, dataformats="HWC")
 
     def _to_file(self, row: dict[str, Any]) -> None:
         if self.folder is not None:

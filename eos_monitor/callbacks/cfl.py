@@ -1,0 +1,265 @@
+"""The layer-wise monitor for Lightning."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from eos_monitor.callbacks.companion import Companion
+from eos_monitor.callbacks.occasion import Occasion
+from eos_monitor.callbacks.outputs import RunOutputs
+from eos_monitor.cfl.capture import layer_names
+from eos_monitor.cfl.estimate import CFLEstimate
+from eos_monitor.cfl.gauge import CFLGauge
+from eos_monitor.dashboard.layers import layers_table
+from eos_monitor.stability.detector import Verdict
+from eos_monitor.stability.reading import Measurement, common_factor
+from eos_monitor.stability.thresholds import critical_curvature
+
+_REFINE_EVERY = 5  # readings between exact tiers, while the verdict stays the same
+
+
+class CFLMonitor(Companion):
+    """Show which layer drives a run to its edge: CFL numbers from activation regimes, layer by layer.
+
+    It measures when an :class:`EdgeOfStabilityMonitor` among the callbacks does, on the same probe and out of the same
+    budget; where there is none it brings one that writes nothing. A layer's CFL number is its learning rate over the
+    one at which it alone would be at its limit. Numbers come from the cheap tier; at every fifth reading, and when the
+    verdict has changed, the first three layers and those that the cheap tier is weak on are measured exactly.
+
+    ============================  =========================================================================
+    key                           meaning
+    ============================  =========================================================================
+    ``cfl/<layer>/number``        CFL number; 1 is the layer's own limit
+    ``cfl/<layer>/lr_max``        learning rate at that limit
+    ``cfl/<layer>/crossings``     times that the number rose above 1: restrained instabilities, as the papers have it
+    ``cfl/<layer>/activated``     share of the entries that are activated
+    ``cfl/<layer>/transitioning``  share in the bend of the activation; descriptive
+    ``cfl/<layer>/not_activated``  share of the rest
+    ============================  =========================================================================
+
+    Rows also go to ``cfl_readings.jsonl`` in the log folder; a heat map of layers and steps is drawn at the end of fit,
+    and a ranked table is logged when the verdict goes beyond EDGE. With several processes the first one measures, on
+    its own share of the probe; a net with synchronized batch normalization is then left out.
+
+    Args:
+        layers: Name patterns (``fnmatch``) of the layers that are wanted; all by default.
+        probes: Probes of the loss's curvature at the output, ≥ 1.
+        exact: Measure every layer exactly at every reading.
+        paper_bound: Add the papers' bound to the rows.
+        every_n_steps: As for :class:`EdgeOfStabilityMonitor`, like all that follow; not used where one is attached.
+        max_overhead: Share of the training time that readings may take.
+        loss_fn: ``loss_fn(pl_module, batch)`` -> scalar mean loss.
+        probe: What to measure on.
+        probe_samples: Samples to collect.
+        verify: When to compare the run before and after a reading.
+        full_batch: Whether the probe is all the data that a step uses.
+        batch_size_fn: Samples in a batch.
+        enabled: Switch; the environment variable ``EOS_MONITOR=off`` switches every monitor off.
+        name: First part of the log keys and file names.
+        seed: Seed of probes and start vectors.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    References:
+        A PDE-based explanation of extreme numerical sensitivities and edge of stability (arXiv 2206.02001), §5.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[CFLMonitor(layers="net.*")], logger=False)  # doctest: +SKIP
+        >>> trainer.fit(module, loader)  # doctest: +SKIP
+        >>> print(trainer.callbacks[0].report())  # doctest: +SKIP
+    """
+
+    _estimates: list[CFLEstimate]
+    _rows: list[dict[str, Any]]
+    _order: list[str]  # of the layers in the net
+    _measurement: Measurement | None
+    _fresh: bool  # whether what was measured is not written yet
+    _count: int
+    _refined_at: Verdict | None
+    _last_verdict: Verdict
+
+    def __init__(
+        self,
+        layers: str | Sequence[str] | None = None,
+        probes: int = 4,
+        exact: bool = False,
+        paper_bound: bool = False,
+        every_n_steps: int | None = None,
+        max_overhead: float = 0.05,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        probe: str | Iterable[Any] = "fixed",
+        probe_samples: int = 256,
+        verify: Literal["first", "always", False] = "first",
+        full_batch: bool | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        enabled: bool = True,
+        name: str = "cfl",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            name=name,
+            enabled=enabled,
+            settings={
+                "every_n_steps": every_n_steps,
+                "max_overhead": max_overhead,
+                "loss_fn": loss_fn,
+                "probe": probe,
+                "probe_samples": probe_samples,
+                "verify": verify,
+                "full_batch": full_batch,
+                "batch_size_fn": batch_size_fn,
+                "seed": seed,
+            },
+        )
+        self._gauge_settings: dict[str, Any] = {
+            "layers": layers,
+            "probes": probes,
+            "exact": exact,
+            "paper_bound": paper_bound,
+            "batch_size_fn": batch_size_fn,
+            "seed": seed,
+        }
+        self._gauge = CFLGauge(**self._gauge_settings)
+        self._start_afresh()
+        self._crossings: dict[str, int] = {}
+        self._above: dict[str, bool] = {}
+
+    # ------------------------------------------------------------------ what users read
+
+    @property
+    def estimates(self) -> list[CFLEstimate]:
+        """Estimates of the last reading, the closest to its limit first."""
+        return list(self._estimates)
+
+    @property
+    def crossings(self) -> dict[str, int]:
+        """Times that each layer's number rose above 1."""
+        return dict(self._crossings)
+
+    def report(self) -> str:
+        """Return the layers of the last reading, ranked, one a line."""
+        return layers_table([asdict(e) for e in self._estimates], most=len(self._estimates)) or "No reading was taken."
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the crossings so far as plain Python values."""
+        return super().state_dict() | {"crossings": dict(self._crossings), "above": dict(self._above)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        super().load_state_dict(state_dict)
+        self._crossings, self._above = dict(state_dict["crossings"]), dict(state_dict["above"])
+
+    # ------------------------------------------------------------------ on the host's occasions
+
+    def begin(self, trainer: Any, outputs: RunOutputs) -> None:
+        """Start afresh for a new fit; say so where nothing can be measured."""
+        self._outputs, self._run_id = outputs, uuid.uuid4().hex[:12]
+        self._gauge = CFLGauge(**self._gauge_settings)
+        self._start_afresh()
+        module = trainer.lightning_module
+        self._order = list(layer_names(module))
+        if not self._order:
+            self.turn_off("The module has no Linear or convolution layer.")
+        elif trainer.world_size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
+            self.turn_off("Synchronized batch normalization needs every process, and one alone measures layers.")
+
+    def measure(self, occasion: Occasion) -> None:
+        """Estimate all layers."""
+        self._fresh = False
+        if not occasion.trainer.is_global_zero:
+            return
+        verdict = occasion.verdict
+        refine = self._count % _REFINE_EVERY == 0 or verdict != self._refined_at
+        self._estimates = self._gauge.measure(
+            occasion.pl_module,
+            occasion.loss_fn,
+            occasion.batches,
+            occasion.trainer.optimizers,
+            sandbox=occasion.sandbox(),
+            mode=None if occasion.modes is None else occasion.modes[:, 0],
+            refine=refine,
+        )
+        self._measurement = occasion.measurement
+        self._count += 1
+        self._fresh = True
+        if refine:
+            self._refined_at = verdict
+
+    def settle(self, optimizers: Sequence[Any]) -> None:
+        """Put the numbers at the learning rates that the step uses."""
+        if not self._fresh or self._measurement is None:
+            return
+        s = common_factor(self._measurement.curvature, critical_curvature(optimizers))
+        if s is None:
+            self._estimates = [replace(e, cfl_number=None) for e in self._estimates]  # not those of this step
+        elif s != 1.0:
+            self._estimates = [
+                e if e.cfl_number is None else replace(e, cfl_number=s * e.cfl_number) for e in self._estimates
+            ]
+
+    def write(self, step: int, verdict: Verdict) -> None:
+        """Write what was measured at ``step``."""
+        if not self._fresh:
+            return
+        self._fresh = False
+        metrics: dict[str, float] = {}
+        for estimate in self._estimates:
+            self._count_crossing(estimate)
+            metrics |= self._metrics(estimate)
+        layers = [asdict(e) | {"position": self._position(e.layer)} for e in self._estimates]
+        row = {"run": self._run_id, "step": step, "verdict": verdict.name, "layers": layers}
+        self._rows.append(row)
+        self._outputs.row(row, metrics)
+        if verdict > Verdict.EDGE >= self._last_verdict:
+            self._outputs.say(f"step {step}: {verdict.name}; layers by their own limits:\n{layers_table(layers)}")
+        self._last_verdict = verdict
+
+    def finish(self, step: int) -> None:
+        """Draw the heat map."""
+        if self._rows:
+            self._outputs.layers_figure(self._rows)
+
+    # ------------------------------------------------------------------ inside
+
+    def _start_afresh(self) -> None:
+        self._estimates, self._rows, self._order = [], [], []
+        self._measurement, self._fresh, self._count = None, False, 0
+        self._refined_at, self._last_verdict = None, Verdict.WARMING_UP
+
+    def _position(self, layer: str) -> int:
+        return self._order.index(layer) if layer in self._order else len(self._order)
+
+    def _count_crossing(self, estimate: CFLEstimate) -> None:
+        number = estimate.cfl_number
+        if number is None or math.isnan(number):
+            return
+        above = number > 1.0
+        # A run that begins above its limit has not crossed it.
+        crossed = above and not self._above.get(estimate.layer, above)
+        self._crossings[estimate.layer] = self._crossings.get(estimate.layer, 0) + crossed
+        self._above[estimate.layer] = above
+
+    def _metrics(self, estimate: CFLEstimate) -> dict[str, float]:
+        values = {"number": estimate.cfl_number, "lr_max": estimate.lr_max}
+        if estimate.activated + estimate.transitioning + estimate.not_activated > 0.0:
+            values |= {
+                "activated": estimate.activated,
+                "transitioning": estimate.transitioning,
+                "not_activated": estimate.not_activated,
+            }
+        metrics = {
+            f"{self.name}/{estimate.layer}/{key}": value
+            for key, value in values.items()
+            if value is not None and math.isfinite(value)
+        }
+        if estimate.layer in self._crossings:
+            metrics[f"{self.name}/{estimate.layer}/crossings"] = float(self._crossings[estimate.layer])
+        return metrics

@@ -1,0 +1,104 @@
+"""Layers side by side: a heat map over the run, and a ranked table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+
+def layers_table(layers: Sequence[Mapping[str, Any]], most: int = 5) -> str:
+    """Return one sentence a layer, the closest to its limit first.
+
+    Args:
+        layers: Fields of ``CFLEstimate``, ranked.
+        most: Number of layers to tell.
+    """
+    known = [layer for layer in layers if layer["method"] != "none"]
+    lines = [_sentence(layer) for layer in known[:most]]
+    if len(known) > most:
+        lines.append(f"and {len(known) - most} more layers")
+    missing = [f"{layer['layer']} ({layer['reason']})" for layer in layers if layer["method"] == "none"]
+    if missing:
+        lines.append(f"not attributed: {', '.join(missing)}")
+    return "\n".join(lines)
+
+
+def layers_figure(rows: Sequence[Row], title: str = "") -> Figure:
+    """Draw the CFL number of every layer over the run.
+
+    Args:
+        rows: Readings, oldest first: ``step`` and ``layers``, the fields of ``CFLEstimate``.
+        title: Title of the figure.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    import numpy as np
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(layer["layer"] for layer in _in_order(rows)))
+    by_number = any(layer["cfl_number"] is not None for row in rows for layer in row["layers"])
+    key = "cfl_number" if by_number else "curvature"
+    values = np.full((len(names), len(rows)), np.nan)
+    for column, row in enumerate(rows):
+        for layer in row["layers"]:
+            if layer["method"] != "none" and layer[key] is not None:
+                values[names.index(layer["layer"]), column] = layer[key]
+    shown = [i for i in range(len(names)) if not np.isnan(values[i]).all()]
+    figure = Figure(figsize=(9.0, 1.6 + 0.32 * max(len(shown), 3)), layout="constrained")
+    ax = figure.add_subplot()
+    if not shown:
+        ax.text(0.5, 0.5, "no layer was attributed", ha="center", va="center")
+        ax.set_axis_off()
+        return figure
+    steps = [row["step"] for row in rows]
+    top = float(np.nanmax(values))
+    # White at the limit, so that what is beyond it stands out.
+    norm = TwoSlopeNorm(1.0, 0.0, max(2.0, top)) if by_number else None
+    cells = ax.pcolormesh(
+        _edges(steps),
+        np.arange(len(shown) + 1),
+        values[shown],
+        cmap="RdBu_r" if by_number else "viridis",
+        norm=norm,
+    )
+    ax.set_yticks([i + 0.5 for i in range(len(shown))], [names[i] for i in shown])
+    ax.invert_yaxis()
+    ax.set_xlabel("optimizer step")
+    ax.set_title(title)
+    label = "CFL number (1 is the layer's own limit)" if by_number else "curvature"
+    figure.colorbar(cells, ax=ax, label=label)
+    return figure
+
+
+def _in_order(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
+    """Return the layers of all rows in the order of the net, where the first row tells it."""
+    found = [layer for row in rows for layer in row["layers"]]
+    return sorted(found, key=lambda layer: int(layer.get("position", 0)))
+
+
+def _edges(steps: Sequence[int]) -> list[float]:
+    """Return the borders of the columns, halfway between the steps."""
+    if len(steps) == 1:
+        return [steps[0] - 0.5, steps[0] + 0.5]
+    middles = [(a + b) / 2 for a, b in zip(steps, steps[1:], strict=False)]
+    return [steps[0] - (middles[0] - steps[0]), *middles, steps[-1] + (steps[-1] - middles[-1])]
+
+
+def _sentence(layer: Mapping[str, Any]) -> str:
+    number = layer["cfl_number"]
+    what = f"curvature {layer['curvature']:.3g}" if number is None else f"at {number:.2f} of its limit"
+    parts = [f"{layer['layer']} {what}, {layer['method']}"]
+    if layer["method"] == "cheap" and layer["form"] == "weak":
+        parts[0] += f" (weak: {layer['reason']})"
+    if layer["activated"] + layer["transitioning"] + layer["not_activated"] > 0.0:
+        parts.append(f"{layer['transitioning']:.0%} of its entries transitioning")
+    if layer["top_mode_share"] is not None:
+        parts.append(f"carries {layer['top_mode_share']:.0%} of the top mode")
+    return "; ".join(parts)
