@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from eos_monitor.cfl.blocks import HessianBlocks
 from eos_monitor.cfl.capture import layer_names
 from eos_monitor.cfl.estimate import CFLEstimate
+from eos_monitor.cfl.layer_pieces import LayerPieces
 from eos_monitor.cfl.limits import LayerLimit, Limits
-from eos_monitor.cfl.pieces import LayerPieces, Pieces, Request, take_apart
+from eos_monitor.cfl.pieces import Pieces, Request, take_apart
 from eos_monitor.curvature.batches import batch_size
 from eos_monitor.curvature.lanczos import Spectrum, lanczos
 from eos_monitor.curvature.sandbox import LossFn, Sandbox, preserve_rng
@@ -61,6 +62,7 @@ class CFLGauge:
         self._bound = paper_bound
         self._patterns = [layers] if isinstance(layers, str) else layers
         self._batch_size = batch_size_fn or batch_size
+        self._coupled: frozenset[str] | None = None
         self._cheap_vectors: dict[str, Tensor] = {}
         self._exact_vectors: dict[str, Tensor] = {}
 
@@ -88,13 +90,9 @@ class CFLGauge:
         sandbox = sandbox or Sandbox(module)
         trained = [p for p in module.parameters() if limits.trains(p)]
         with sandbox:
-            pieces = take_apart(
-                sandbox,
-                module,
-                batches,
-                samples,
-                Request(loss_fn, trained, self._wanted, self._probes, random, self._bound),
-            )
+            request = Request(loss_fn, trained, self._wanted, self._probes, random, self._bound, self._coupled)
+            pieces = take_apart(sandbox, module, batches, samples, request)
+            self._coupled = pieces.coupled  # found out once
             estimates = [self._cheap(layer, limits, random) for layer in pieces.layers.values()]
             estimates += [CFLEstimate.unknown(name, reason) for name, reason in pieces.not_attributed.items()]
             if refine or self._exact:

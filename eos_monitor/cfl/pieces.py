@@ -1,20 +1,10 @@
-r"""T + GN of every layer, from one or two evaluations of the loss.
-
-With P the map from a layer's weight to its output, g the gradient of a probe's projection on the net's output, and
-T_z the curvature between the layer's output and the next layers,
-
-.. math:: (T + GN_m)\, v = P^\top \bigl(T_z P v + \tfrac1m \sum_r s_r g^{(r)}\bigr), \quad
-          s_{n,r} = \langle g^{(r)}_n, (P v)_n \rangle,
-
-one application of the layer and one weight gradient for T and all probes together, over the samples n. No vector of
-the weight's size is made for a sample.
-"""
+"""Taking a net apart: T + GN of every layer, from one or two evaluations of the loss."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,139 +14,15 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from eos_monitor.cfl.activations import Activation
 from eos_monitor.cfl.capture import Capture, LayerCall, Observer, capture
 from eos_monitor.cfl.coupling import Surroundings, reaches_around, surroundings
-from eos_monitor.cfl.cut_graph import CutMode, Segment
+from eos_monitor.cfl.cut_graph import CutMode
 from eos_monitor.cfl.gauss_newton import NotSeparableError, output_probes
+from eos_monitor.cfl.layer_pieces import BatchStatistics, LayerPieces, Use
 from eos_monitor.cfl.linear_maps import WeightMap
 from eos_monitor.cfl.paper_bound import PaperBound, paper_bound
 from eos_monitor.cfl.regimes import RegimeCounter
 from eos_monitor.curvature.sandbox import LossFn, Sandbox
 
-
-@dataclass(frozen=True, eq=False)
-class _BatchStatistics:
-    """Jacobian of a batch normalization in train mode; it is its own transpose."""
-
-    normalized: Tensor
-    scale: Tensor  # γ/σ, one a channel
-
-    @classmethod
-    def of(cls, call: LayerCall) -> _BatchStatistics:
-        norm = call.batch_norm
-        assert norm is not None
-        with torch.no_grad():
-            z = call.apply(call.weight.detach(), call.bias)
-            axes = [axis for axis in range(z.ndim) if axis != 1]
-            deviation = (z.var(axes, unbiased=False, keepdim=True) + norm.eps).rsqrt()
-            normalized = (z - z.mean(axes, keepdim=True)) * deviation
-            gain = 1.0 if norm.weight is None else norm.weight.detach().view_as(deviation)
-            return cls(normalized, gain * deviation)
-
-    def apply(self, t: Tensor) -> Tensor:
-        axes = [axis for axis in range(t.ndim) if axis != 1]
-        along = self.normalized * (self.normalized * t).mean(axes, keepdim=True)
-        return self.scale * (t - t.mean(axes, keepdim=True) - along)
-
-
-@dataclass(eq=False)
-class _Use:
-    """One call of a layer on one batch."""
-
-    weight_map: WeightMap
-    probes: Tensor  # (samples, m, entries of z in one sample)
-    bend: Tensor | None  # r″(z) ∂L/∂h
-    statistics: _BatchStatistics | None
-    segment: Segment | None = None
-
-    def project(self, y: Tensor) -> Tensor:
-        """Return s, ``(samples, m)``."""
-        y = y if self.statistics is None else self.statistics.apply(y)
-        # This way round it is a matrix product; probes times a column takes ten times as long.
-        return torch.bmm(y.reshape(len(self.probes), 1, -1), self.probes.mT)[:, 0]
-
-    def spread(self, s: Tensor, y: Tensor) -> Tensor:
-        """Return (1/m) Σ s g of y's shape."""
-        c = torch.bmm(s[:, None] / s.shape[1], self.probes).reshape(y.shape)
-        return c if self.statistics is None else self.statistics.apply(c)
-
-
-@dataclass(eq=False)
-class LayerPieces:
-    """T + GN of one layer.
-
-    Attributes:
-        name: Name of the layer.
-        parameter: Its weight.
-        surroundings: What lies behind it.
-        products: Products that were made.
-    """
-
-    name: str
-    parameter: Tensor
-    surroundings: Surroundings
-    products: int = 0
-    _parts: list[tuple[float, list[_Use]]] = field(default_factory=list)  # share of the samples, uses
-
-    @property
-    def cut(self) -> bool:
-        """Whether T comes from the cut graph."""
-        return any(use.segment is not None for _, uses in self._parts for use in uses)
-
-    def add(self, share: float, uses: list[_Use]) -> None:
-        """Add one batch with its share of the samples."""
-        self._parts.append((share, uses))
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """Return ``(T + GN) v``, flat."""
-        self.products += 1
-        weight = v.view(self.parameter.shape)
-        total = torch.zeros_like(weight)
-        for share, uses in self._parts:
-            with torch.no_grad():
-                outputs = [use.weight_map.apply(weight) for use in uses]
-                s = sum_of(use.project(y) for use, y in zip(uses, outputs, strict=True))
-                cotangents = [use.spread(s, y) for use, y in zip(uses, outputs, strict=True)]
-            _add_bends(cotangents, uses, outputs)
-            with torch.no_grad():
-                total += share * sum_of(use.weight_map.transpose(c) for use, c in zip(uses, cotangents, strict=True))
-        return total.reshape(-1)
-
-    def gauss_newton_form(self, v: Tensor) -> float:
-        """Return vᵀ GN v."""
-        weight = v.view(self.parameter.shape)
-        total = 0.0
-        with torch.no_grad():
-            for share, uses in self._parts:
-                s = sum_of(use.project(use.weight_map.apply(weight)) for use in uses)
-                total += share * float(s.square().sum()) / s.shape[1]
-        return total
-
-
-def sum_of(terms: Iterable[Tensor]) -> Tensor:
-    """Sum tensors, of which there is at least one."""
-    total: Tensor | None = None
-    for term in terms:
-        total = term if total is None else total + term
-    assert total is not None
-    return total
-
-
-def _add_bends(cotangents: Sequence[Tensor], uses: Sequence[_Use], outputs: Sequence[Tensor]) -> None:
-    """Add T_z y of each use."""
-    cut = [(i, use.segment) for i, use in enumerate(uses) if use.segment is not None]
-    for use, y, c in zip(uses, outputs, cotangents, strict=True):
-        if use.bend is not None:
-            c.addcmul_(use.bend, y)
-    if cut:
-        products = torch.autograd.grad(
-            [segment.gradient for _, segment in cut],
-            [segment.z for _, segment in cut],
-            [outputs[i] for i, _ in cut],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        for (i, _), product in zip(cut, products, strict=True):
-            if product is not None:
-                cotangents[i].add_(product)
+_LEAK = 1e-6  # of a gradient that is where none should be; batched kernels leave exact zeros
 
 
 @dataclass(eq=False)
@@ -168,12 +34,14 @@ class Pieces:
         not_attributed: Name -> why there is none.
         regimes: Name -> counts of entries that are not activated, transitioning, activated, ``(3,)``.
         bounds: Name -> the papers' bound, where it was asked for and there is an activation to have one.
+        coupled: Names of the layers behind which samples are coupled.
     """
 
     layers: dict[str, LayerPieces] = field(default_factory=dict)
     not_attributed: dict[str, str] = field(default_factory=dict)
     regimes: dict[str, Tensor] = field(default_factory=dict)
     bounds: dict[str, PaperBound] = field(default_factory=dict)
+    coupled: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -187,6 +55,7 @@ class Request:
         probes: Probes of the loss's curvature.
         generator: Source of their signs.
         paper_bound: Whether the papers' bound is wanted.
+        coupled: Names of the layers behind which samples are known to be coupled; None to find out.
     """
 
     loss_fn: LossFn
@@ -195,6 +64,7 @@ class Request:
     probes: int
     generator: torch.Generator
     paper_bound: bool = False
+    coupled: frozenset[str] | None = None
 
 
 def take_apart(
@@ -213,12 +83,15 @@ def take_apart(
     for i, (batch, size) in enumerate(zip(batches, samples, strict=True)):
         share = size / sum(samples)
         part = _Pass(sandbox, module, batch, i, size, request)
+        pieces.coupled |= part.coupled
         # The first batch's, because later evaluations in a sandbox cannot tell why a layer is not among them.
         missing = {name: why for name, why in part.missing.items() if request.wanted(name)} | missing
         for name, uses in part.uses.items():
             if name not in pieces.layers:
                 parameter = part.calls[name][0].parameter
-                pieces.layers[name] = LayerPieces(name, parameter, part.surroundings[name])
+                pieces.layers[name] = LayerPieces(
+                    name, parameter, _warned(part.surroundings[name], name in part.coupled)
+                )
             pieces.layers[name].add(share, uses)
         for name, counts in part.regimes.items():
             pieces.regimes[name] = pieces.regimes.get(name, 0) + counts
@@ -231,6 +104,13 @@ def take_apart(
     # A layer that some batches do not use has no curvature from them.
     pieces.not_attributed = {name: why for name, why in missing.items() if name not in pieces.layers}
     return pieces
+
+
+def _warned(found: Surroundings, coupled: bool) -> Surroundings:
+    """Call a layer weak whose samples meet before the loss (batch statistics have been noticed already)."""
+    if not coupled or found.form == "weak":
+        return found
+    return replace(found, form="weak", reason="samples are coupled between it and the loss")
 
 
 class _Pass:
@@ -259,9 +139,10 @@ class _Pass:
         loss = _checked(seen.loss)
         self.missing = dict(seen.not_attributed)
         self.regimes = {name: n for name, n in counter.counts(seen).items() if request.wanted(name)}
-        self.uses: dict[str, list[_Use]] = {}
+        self.uses: dict[str, list[Use]] = {}
         self.calls: dict[str, list[LayerCall]] = defaultdict(list)
         self.behind_activations: list[tuple[LayerCall, Tensor]] = []
+        self.coupled = request.coupled or frozenset()
         for call in seen.layers:
             if request.wanted(call.name):
                 self._admit(call)
@@ -277,6 +158,8 @@ class _Pass:
         self.surroundings = surroundings(edge.node, nodes)
         bends = self._bends(loss, second)
         self._build(edge, vectors, bends)
+        if request.coupled is None:
+            self.coupled = self._find_coupled(edge, vectors[0])
         if request.paper_bound:
             self._note_gradients(loss)
         needed = {call.index: use for call, use in self._pairs() if use.bend is None and self._curved(call)}
@@ -292,8 +175,22 @@ class _Pass:
     def _curved(self, call: LayerCall) -> bool:
         return bool(self.surroundings[call.name].curved)
 
-    def _pairs(self) -> list[tuple[LayerCall, _Use]]:
+    def _pairs(self) -> list[tuple[LayerCall, Use]]:
         return [pair for name, uses in self.uses.items() for pair in zip(self.calls[name], uses, strict=True)]
+
+    def _find_coupled(self, edge: GradientEdge, v: Tensor) -> frozenset[str]:
+        """Return the layers in which the outputs of every other sample depend on the rest."""
+        if v.numel() % self._size or v.shape[0] % self._size:
+            return frozenset(self.calls)
+        half = v.reshape(self._size, -1).clone()
+        half[1::2] = 0.0
+        calls = [call for calls in self.calls.values() for call in calls]
+        ends = [_end(call) for call in calls]
+        found = torch.autograd.grad([edge], ends, [half.view_as(v)], retain_graph=True, allow_unused=True)
+        rows = {
+            call: g.reshape(self._size, -1).abs().amax(1) for call, g in zip(calls, found, strict=True) if g is not None
+        }
+        return frozenset(call.name for call, row in rows.items() if float(row[1::2].sum()) > _LEAK * float(row.sum()))
 
     def _note_gradients(self, loss: Tensor) -> None:
         """Keep the gradients behind activations, for the papers' bound."""
@@ -327,15 +224,15 @@ class _Pass:
                     at_call[:, r] = g.reshape(self._size, -1)
         for call, at_call in zip(calls, probes, strict=True):
             self.uses.setdefault(call.name, []).append(
-                _Use(
+                Use(
                     WeightMap(call),
                     at_call,
                     bends.get(call.index),
-                    None if call.batch_norm is None else _BatchStatistics.of(call),
+                    None if call.batch_norm is None else BatchStatistics.of(call),
                 )
             )
 
-    def _cut(self, seen: Capture, loss: Tensor, edge: GradientEdge, needed: Mapping[int, _Use]) -> None:
+    def _cut(self, seen: Capture, loss: Tensor, edge: GradientEdge, needed: Mapping[int, Use]) -> None:
         edges = [edge, *(_edge(call) for call in seen.layers)]
         gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
         at_calls = {call.index: g for call, g in zip(seen.layers, gradients[1:], strict=True) if g is not None}
