@@ -51,7 +51,7 @@ def layers_figure(rows: Sequence[Row], title: str = "") -> Figure:
             if layer["method"] != "none" and layer[key] is not None:
                 values[names.index(layer["layer"]), column] = layer[key]
     shown = [i for i in range(len(names)) if not np.isnan(values[i]).all()]
-    figure = Figure(figsize=(9.0, 1.6 + 0.32 * max(len(shown), 3)), layout="constrained")
+    figure = Figure(figsize=(9.0, 1.6 + 0.34 * max(len(shown), 5)), layout="constrained")
     ax = figure.add_subplot()
     if not shown:
         ax.text(0.5, 0.5, "no layer was attributed", ha="center", va="center")
@@ -72,7 +72,7 @@ def layers_figure(rows: Sequence[Row], title: str = "") -> Figure:
     ax.invert_yaxis()
     ax.set_xlabel("optimizer step")
     ax.set_title(title)
-    label = "CFL number (1 is the layer's own limit)" if by_number else "curvature"
+    label = "CFL number (limit: 1)" if by_number else "curvature"
     figure.colorbar(cells, ax=ax, label=label)
     return figure
 
