@@ -128,7 +128,7 @@ class InstabilityDetector:
         """``"jump-risk"`` for 64 steps from a fast rise of lr to a high r, ``"loss-excess"`` with a low r, or None."""
         if self._jump.ratio is not None:
             return "jump-risk"
-        return "loss-excess" if self._losses.out is not None and not self._blamed else None
+        return "loss-excess" if self._losses.out and not self._blamed else None
 
     @property
     def advice(self) -> str | None:
@@ -279,15 +279,15 @@ class InstabilityDetector:
 
     def _lost(self) -> str | None:
         losses = self._losses
-        if losses.out is None or losses.confirmed_at is None or losses.crossed_at is None:
+        if losses.crossed_at is None or not losses.out:
             self._blamed = False
             return None
         hot = self._hot_at is not None and self._hot_at >= losses.crossed_at - _HOT_BEFORE
-        self._blamed = self._blamed or losses.out == "not-finite" or hot or self._ratio is None
+        self._blamed = self._blamed or losses.not_finite_at is not None or hot or self._ratio is None
         if not self._blamed:
             return None
-        if losses.out == "not-finite":
-            return f"The loss is not finite, as of step {losses.confirmed_at}."
+        if losses.not_finite_at is not None:
+            return f"The loss is not finite, as of step {losses.not_finite_at}."
         return (
             f"The loss has been above 3 times its median since step {losses.crossed_at}; this was confirmed "
             f"{self.lateness} steps later."

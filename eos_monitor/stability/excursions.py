@@ -27,7 +27,8 @@ class Excursions:
             gradient descent.
 
     Attributes:
-        out: None, ``"excess"``, or ``"not-finite"``.
+        out: Whether it is out of bounds.
+        not_finite_at: Step of the first loss that was not finite since then; None without one.
         crossed_at: Step at which the present excursion above 3 med began; None outside of one.
         confirmed_at: Step at which ``out`` was set.
     """
@@ -38,7 +39,8 @@ class Excursions:
         self._sorted: list[float] = []
         self._start: list[float] = []
         self._above = self._far = self._back = 0
-        self.out: str | None = None
+        self.out = False
+        self.not_finite_at: int | None = None
         self.crossed_at: int | None = None
         self.confirmed_at: int | None = None
 
@@ -52,23 +54,25 @@ class Excursions:
         if not math.isfinite(loss):
             self._back = 0
             self.crossed_at = step if self.crossed_at is None else self.crossed_at
-            self._confirm(step, "not-finite")
+            self.not_finite_at = step if self.not_finite_at is None else self.not_finite_at
+            self._confirm(step)
             return
         level = self.level
         start = median(self._start) if self._start else loss
         above = level is not None and loss > _ABOVE * level
         if above and self.crossed_at is None:
             self.crossed_at = step
-        elif not above and self.out is None:
+        elif not above and not self.out:
             self.crossed_at = None
         far = level is not None and loss > _FAR * level and loss > _FAR_ABOVE_START * start
         self._above = self._above + 1 if above and loss > start else 0
         self._far = self._far + 1 if far and not self._adaptive else 0
         if self._above >= _ABOVE_IN_A_ROW or self._far >= _FAR_IN_A_ROW:
-            self._confirm(step, "excess")
+            self._confirm(step)
         self._back = self._back + 1 if level is None or loss < _BACK * level else 0
-        if self.out is not None and self._back >= _BACK_IN_A_ROW:
-            self.out = self.crossed_at = self.confirmed_at = None
+        if self.out and self._back >= _BACK_IN_A_ROW:
+            self.out = False
+            self.not_finite_at = self.crossed_at = self.confirmed_at = None
         self._remember(loss)
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,7 +81,7 @@ class Excursions:
             "losses": list(self._losses),
             "start": list(self._start),
             "counts": [self._above, self._far, self._back],
-            "out": [self.out, self.crossed_at, self.confirmed_at],
+            "out": [self.out, self.not_finite_at, self.crossed_at, self.confirmed_at],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -85,13 +89,11 @@ class Excursions:
         self._losses, self._start = list(state["losses"]), list(state["start"])
         self._sorted = sorted(self._losses)
         self._above, self._far, self._back = state["counts"]
-        self.out, self.crossed_at, self.confirmed_at = state["out"]
+        self.out, self.not_finite_at, self.crossed_at, self.confirmed_at = state["out"]
 
-    def _confirm(self, step: int, how: str) -> None:
-        if self.out is None:
-            self.confirmed_at = step
-        if self.out != "not-finite":
-            self.out = how
+    def _confirm(self, step: int) -> None:
+        self.confirmed_at = self.confirmed_at if self.out else step
+        self.out = True
 
     def _remember(self, loss: float) -> None:
         if len(self._start) < _FIRST:

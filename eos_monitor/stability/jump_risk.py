@@ -20,9 +20,16 @@ _CUTS = {
     "SGD, minibatches": 1.7,
     "momentum, minibatches": 0.3,
 }
-# Bounds of r0, and how many of the suite's jumps into each range failed: (failed, jumps).
+# Bounds of r0, and how many of the development runs' jumps into each range failed: (failed, jumps); docs/detector.md.
 _BOUNDS = (0.6, 1.2, 2.5, 5.0, 10.0)
-_FAILED: dict[str, tuple[tuple[int, int], ...]] = {}
+_FAILED: dict[str, tuple[tuple[int, int], ...]] = {
+    "gradient descent": ((0, 0), (0, 1), (0, 3), (7, 12), (6, 6), (1, 1)),
+    "Nesterov": ((0, 0), (0, 3), (6, 6), (6, 6), (6, 6), (1, 1)),
+    "heavy ball": ((0, 0), (0, 0), (8, 9), (4, 4), (4, 4), (3, 3)),
+    "Adam": ((0, 0), (0, 0), (2, 9), (6, 14), (7, 16), (5, 6)),
+    "SGD, minibatches": ((0, 1), (0, 2), (0, 4), (3, 3), (9, 9), (2, 2)),
+    "momentum, minibatches": ((0, 6), (5, 7), (5, 5), (1, 1), (0, 0), (0, 0)),
+}
 
 
 def class_of(family: str, momentum: float, full_batch: bool) -> str:

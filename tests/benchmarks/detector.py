@@ -67,6 +67,7 @@ def alarms(fresh: Sequence[Said], development: Sequence[Said]) -> Table:
         ("loss z", baselines.loss_z, 3.0),
         ("gradient-norm z", baselines.gradient_z, 2.5),
         ("loss at θ + update, growth over 8 steps", baselines.trial_growth, None),
+        ("growth along the critical mode past the edge", baselines.amplitude_growth, None),
     ):
         if usual is not None:
             rows.append(alarm_row(f"{name} > {usual:g}", baselines.at_cut(score, runs, usual)))

@@ -37,6 +37,21 @@ def trial_growth(run: Run) -> np.ndarray:
     return total - np.r_[np.zeros(8), total[:-8]][: len(total)]
 
 
+def amplitude_growth(run: Run) -> np.ndarray:
+    """e-folds per step of the projections' amplitude over 8 updates, where r > 1 and the loss is above 1.5 × median."""
+    moved = np.nan_to_num(run.projection[: run.steps]).astype(float) ** 2
+    power = np.convolve(moved, np.ones(4))[: len(moved)] + 1e-300
+    # The update of a step is known after it.
+    growth = (
+        np.r_[np.zeros(9), 0.5 * np.log(power[8:] / power[4:-4]) / 4][: len(moved)] if len(moved) > 9 else 0 * moved
+    )
+    last = np.searchsorted(run.read_at, np.arange(run.steps), side="right") - 1
+    ratio = np.nan_to_num(run.read[last, 0]) * run.lr[: run.steps] / run.lr[run.read_at[last]]
+    loss = run.loss[: run.steps]
+    level = np.array([np.median(loss[max(0, t - 256) : max(t, 1)]) for t in range(run.steps)])
+    return np.where((ratio > 1.0) & (loss > 1.5 * level), growth, 0.0)
+
+
 def _z(series: np.ndarray, span: int) -> np.ndarray:
     alpha, mean, var, found = 2 / (span + 1), None, 0.0, []
     for x in series.tolist():
@@ -68,7 +83,7 @@ def calibrated(score: Score, runs: Sequence[Run], allowed: float) -> float:
     """Return the lowest cut of a grid that gives at most ``allowed`` false alarms per 10⁴ healthy steps."""
     values = [score(run) for run in runs]
     steps = sum(healthy_steps(run) for run in runs)
-    for cut in np.geomspace(0.5, 1e6, 40):
+    for cut in np.geomspace(0.02, 1e5, 60):
         said = [alarms(run, value > cut) for run, value in zip(runs, values, strict=True)]
         if 1e4 * sum(one.false_alarms for one in said) <= allowed * steps:
             return float(cut)

@@ -275,6 +275,14 @@ def test_excess_of_24_steps_is_diverging_and_says_how_late() -> None:
     assert "23 steps later" in detector.reason
 
 
+def test_loss_that_is_lost_after_an_excess_tells_both_steps() -> None:
+    detector = InstabilityDetector()
+    feed(detector, [1.0] * 100 + [5.0] * 30 + [math.inf])
+    assert detector.verdict is DIVERGING
+    assert detector.lateness == 23
+    assert "not finite, as of step 130" in detector.reason
+
+
 def test_excess_that_returns_sooner_is_not() -> None:
     detector = InstabilityDetector()
     feed(detector, [1.0] * 100)
