@@ -38,25 +38,27 @@ class LookAhead:
         ahead, trainer = self._ahead, self._trainer
         if ahead is None or self._attempts.off is not None:
             return None
-        position = Position(
-            batch_idx, trainer.current_epoch, trainer.num_training_batches, trainer.accumulate_grad_batches
-        )
-        return self._attempts.run(lambda: ahead.after(steps, position))
+        return self._attempts.run(lambda: ahead.after(steps, _position(trainer, batch_idx)))
 
     def highest_rate(self, batch_idx: int) -> float | None:
         """Return the highest learning rate of the first group in the next five steps; None if it is not known.
 
         To be asked once a step: eight are asked for at once, and again after four or when the present one is another.
         """
-        if self._ahead is None or self._attempts.off is not None:
+        ahead, trainer = self._ahead, self._trainer
+        if ahead is None or self._attempts.off is not None:
             return None
-        now = _first_rate(self._trainer.optimizers)
+        now = _first_rate(trainer.optimizers)
         if len(self._rates) > _HORIZON + 1 and self._rates[1] == now:
             self._rates.pop(0)
         else:
-            found = [self.after(n, batch_idx) for n in range(1, _ASKED + 1)]
-            self._rates = [now, *(float(settings[0][0]["lr"]) for settings in found if settings is not None)]
+            found = self._attempts.run(lambda: ahead.rates(_ASKED, _position(trainer, batch_idx)))
+            self._rates = [now, *(found or ())]
         return max(self._rates[1 : _HORIZON + 1], default=None)
+
+
+def _position(trainer: Any, batch_idx: int) -> Position:
+    return Position(batch_idx, trainer.current_epoch, trainer.num_training_batches, trainer.accumulate_grad_batches)
 
 
 def _first_rate(optimizers: Sequence[Any]) -> float:

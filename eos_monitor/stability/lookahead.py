@@ -9,8 +9,8 @@ import random
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,8 +47,7 @@ class Scheduled:
     frequency: int = 1
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """Where in its epochs a loop is.
 
     Attributes:
@@ -66,12 +65,14 @@ class Position:
     def stepping(self) -> Position:
         """Return the position of the next optimizer step, this one included."""
         batch = (self.batch // self.accumulate + 1) * self.accumulate - 1
-        return replace(self, batch=int(min(batch, max(self.batches - 1, self.batch))))
+        batch = int(min(batch, max(self.batches - 1, self.batch)))
+        return Position(batch, self.epoch, self.batches, self.accumulate)
 
     def following(self) -> Position:
         """Return the position of the optimizer step after the one that is taken here."""
         ends = self.batch + 1 >= self.batches
-        return replace(self, batch=0 if ends else self.batch + 1, epoch=self.epoch + ends).stepping()
+        batch = 0 if ends else self.batch + 1
+        return Position(batch, self.epoch + ends, self.batches, self.accumulate).stepping()
 
     def moves(self, entry: Any) -> bool:
         """Whether a scheduler is stepped after the optimizer step that is taken here."""
@@ -129,6 +130,31 @@ class SettingsAhead:
         """
         if n < 0:
             raise ValueError(f"Expected `n` >= 0, got {n}.")
+        live, block, index = self._reach(n, position)
+        if index + n >= len(block):
+            return None
+        then = block[index + n]
+        return [
+            [
+                {key: value for key, value in new.items() if key == "lr" or key not in old or value != old[key]}
+                | {"steps_ahead": n}
+                for new, old in zip(news, olds, strict=True)
+            ]
+            for news, olds in zip(then.groups, live.groups, strict=True)
+        ]
+
+    def rates(self, n: int, position: Position) -> list[float]:
+        """Return the learning rates of the first group after 1 … ``n`` more optimizer steps, as far as they are known.
+
+        Args:
+            n: Optimizer steps.
+            position: As for :meth:`after`.
+        """
+        _, block, index = self._reach(n, position)
+        return [float(state.groups[0][0]["lr"]) for state in block[index + 1 : index + n + 1]]
+
+    def _reach(self, n: int, position: Position) -> tuple[_State, list[_State], int]:
+        """Return the live state, and a run of states of which that one is at the index, ``n`` beyond it if known."""
         position = position.stepping()
         entries = [entry if hasattr(entry, "scheduler") else Scheduled(entry) for entry in self._schedulers]
         live = _State.of(self._optimizers, [entry.scheduler for entry in entries])
@@ -140,17 +166,7 @@ class SettingsAhead:
         if index is None:
             self._predict(position, live, entries, max(n, self._length))
             index = 0
-        if index + n >= len(self._block):
-            return None
-        then = self._block[index + n]
-        return [
-            [
-                {key: value for key, value in new.items() if key == "lr" or key not in old or value != old[key]}
-                | {"steps_ahead": n}
-                for new, old in zip(news, olds, strict=True)
-            ]
-            for news, olds in zip(then.groups, live.groups, strict=True)
-        ]
+        return live, self._block, index
 
     def _find(self, position: Position, live: _State, entries: Sequence[Any]) -> int | None:
         of = [entry.scheduler for entry in entries]
@@ -231,18 +247,24 @@ class _State:
 def _numbers(group: dict[str, Any]) -> dict[str, Any]:
     numbers = {}
     for key, value in group.items():
-        if key in ("params", "param_names"):
-            continue
-        parts = value if isinstance(value, (tuple, list)) else (value,)
-        if all(isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.numel() == 1) for x in parts):
-            plain = tuple(float(x) if isinstance(x, Tensor) else x for x in parts)
-            numbers[key] = plain if isinstance(value, (tuple, list)) else plain[0]
+        kind = type(value)
+        # Nearly all there is, asked first: this runs for each group at each step.
+        if kind is float or kind is bool or kind is int:
+            numbers[key] = value
+        elif value is not None and key not in ("params", "param_names"):
+            several = isinstance(value, (tuple, list))
+            plain = [
+                float(x) if isinstance(x, Tensor) and x.numel() == 1 else x for x in (value if several else (value,))
+            ]
+            if all([isinstance(x, (int, float)) for x in plain]):
+                numbers[key] = tuple(plain) if several else plain[0]
     return numbers
 
 
 def _counters(scheduler: Any) -> list[Any]:
-    own = [vars(scheduler).get(key) for key in ("last_epoch", "_step_count", "T_cur", "T_i")]
-    return own + [_counters(nested) for nested in vars(scheduler).get("_schedulers", ())]
+    own = vars(scheduler)
+    nested = [_counters(scheduler) for scheduler in own.get("_schedulers", ())]
+    return [own.get("last_epoch"), own.get("_step_count"), own.get("T_cur"), own.get("T_i"), *nested]
 
 
 def _why_not(entries: Sequence[Any], position: Position) -> str | None:

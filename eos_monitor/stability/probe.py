@@ -109,8 +109,7 @@ class StabilityProbe:
     def _highest_rate(self, step: int) -> float | None:
         if self._ahead is None:
             return None
-        ahead = [self._ahead.after(n, Position(step)) for n in range(1, 6)]
-        return max((float(settings[0][0]["lr"]) for settings in ahead if settings is not None), default=None)
+        return max(self._ahead.rates(5, Position(step)), default=None)
 
     def _next_edge_ratio(self, measurement: Measurement, step: int) -> float | None:
         settings = None if self._ahead is None else self._ahead.after(1, Position(step))

@@ -226,7 +226,9 @@ def test_predicted_settings_are_reached_and_nothing_is_touched(name: str, optimi
     now = live_settings(optimizer)
     last = STEPS - 3 if name.startswith("one-cycle") else STEPS
     expected = {n: ahead.after(n, Position(3)) for n in range(last + 1)}
+    rates = ahead.rates(last, Position(3))
     assert (taken_apart(live, {}), generators()) == before
+    assert rates == [settings[0][0]["lr"] for n, settings in expected.items() if n and settings is not None]
     for n in range(last + 1):
         settings = expected[n]
         assert settings is not None, ahead.why_not
@@ -276,6 +278,8 @@ def test_hand_set_learning_rate_is_noticed() -> None:
     assert ahead.after(1, Position(0))[0][0]["lr"] == 0.05  # type: ignore[index]
     optimizer.param_groups[0]["lr"] = 8.0
     assert ahead.after(1, Position(0))[0][0]["lr"] == 4.0  # type: ignore[index]
+    optimizer.param_groups[0]["lr"] = 2.0
+    assert ahead.rates(2, Position(0)) == [1.0, 0.5]
 
 
 def test_resumed_scheduler_is_noticed_at_the_same_learning_rate() -> None:
@@ -301,6 +305,7 @@ def test_no_answer_beyond_the_end_of_one_cycle() -> None:
     ahead = SettingsAhead([one_cycle(optimizer)], [optimizer])
     assert ahead.after(STEPS, Position(0)) is not None  # torch allows one step past the last
     assert ahead.after(STEPS + 1, Position(0)) is None
+    assert len(ahead.rates(STEPS + 3, Position(0))) == STEPS
     assert "number of total steps" in str(ahead.why_not)
     assert ahead.after(1, Position(0)) is not None
 
