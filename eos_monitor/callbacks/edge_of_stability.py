@@ -398,6 +398,8 @@ class EdgeOfStabilityMonitor(Callback):
                     measurement=measurement,
                     modes=self._engine.eigenvectors,
                     verdict=self._engine.verdict,
+                    # After the last step there is none that a schedule could be for.
+                    ahead=lambda n: None if self._ending else self._ahead.after(n, self._batch_idx),
                 )
             )
         # Around every reading the time is that of the whole occasion already.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from eos_monitor.callbacks.trainer_sandbox import TrainerSandbox
 from eos_monitor.curvature.sandbox import LossFn
 from eos_monitor.stability.detector import Verdict
+from eos_monitor.stability.lookahead import Settings
 from eos_monitor.stability.reading import Measurement
 
 
@@ -26,6 +28,7 @@ class Occasion:
         measurement: The host's reading; None if it failed.
         modes: Critical modes of it, ``(n, k)``.
         verdict: The host's, as of the step before.
+        ahead: n -> what the schedulers will have set n steps from the one to come; None where that is not known.
     """
 
     trainer: Any
@@ -36,6 +39,7 @@ class Occasion:
     measurement: Measurement | None
     modes: Tensor | None
     verdict: Verdict
+    ahead: Callable[[int], Settings | None]
 
     def sandbox(self) -> TrainerSandbox:
         """Return a sandbox for the module."""
