@@ -52,7 +52,6 @@ class Motion:
         for chunk, part in zip(self._chunks, parts, strict=True):
             chunk.w = part
 
-    @torch.no_grad()
     def before(self) -> None:
         """Note where the parameters are, before an update."""
         if self._places != _places(self._params):  # `.data` was set: the views are of what it was
@@ -62,7 +61,6 @@ class Motion:
             chunk.note()
         self._noted = True
 
-    @torch.no_grad()
     def after(self) -> Tensor | None:
         """Return ``(‖Δθ‖², ‖θ‖², ⟨w, Δθ⟩ or NaN, ⟨z, Δθ⟩)`` on the parameters' device, after the update.
 
@@ -72,7 +70,8 @@ class Motion:
         noted, self._noted = self._noted, False
         if not noted or self._places != _places(self._params):
             return None
-        return torch.stack([chunk.moved() for chunk in self._chunks]).sum(0)
+        values = torch.stack([value for chunk in self._chunks for value in chunk.moved()]).double()
+        return values if len(self._chunks) == 1 else values.view(-1, 4).sum(0)
 
     def _look(self) -> None:
         generator = torch.Generator().manual_seed(self._seed)
@@ -89,31 +88,36 @@ class _Chunk:
 
     def __init__(self, views: list[Tensor], generator: torch.Generator) -> None:
         self._views = views
+        self._flat = all(view.dim() == 1 for view in views)
         self.size = sum(view.numel() for view in views)
         self.w: Tensor | None = None
         device, self._dtype = views[0].device, torch.promote_types(views[0].dtype, torch.float32)
         count = min(self.size, _SAMPLED)
         picked = torch.randperm(self.size, generator=generator)[:count]
         self._picked, self._z = picked.to(device), torch.randn(count, generator=generator).to(device, self._dtype)
+        self._unknown = self._z.new_tensor(torch.nan)
         self._before: Tensor | None = None
 
     def note(self) -> None:
         if self._before is None:
             self._before = torch.empty(self.size, dtype=self._views[0].dtype, device=self._views[0].device)
-        torch.cat([view.reshape(-1) for view in self._views], out=self._before)
+        torch.cat(self._pieces(), out=self._before)
 
-    def moved(self) -> Tensor:
+    def moved(self) -> tuple[Tensor, ...]:
         assert self._before is not None
-        now = (
-            torch.cat([view.reshape(-1) for view in self._views])
-            if len(self._views) > 1
-            else self._views[0].reshape(-1)
-        )
-        update = now.to(self._dtype) - self._before
-        now = now.to(self._dtype)
-        along = torch.dot(update, self.w.to(self._dtype)) if self.w is not None else update.new_tensor(torch.nan)
-        at_random = torch.dot(update[self._picked], self._z)
-        return torch.stack([torch.dot(update, update), torch.dot(now, now), along, at_random]).double()
+        pieces = self._pieces()
+        now = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if now.dtype == self._dtype:
+            update = torch.sub(now, self._before, out=self._before)  # it will be noted anew
+        else:
+            now = now.to(self._dtype)
+            update = now - self._before
+        along = self._unknown if self.w is None else torch.dot(update, self.w.to(self._dtype))
+        at_random = torch.dot(update.index_select(0, self._picked), self._z)
+        return torch.dot(update, update), torch.dot(now, now), along, at_random
+
+    def _pieces(self) -> list[Tensor]:
+        return self._views if self._flat else [view.reshape(-1) for view in self._views]
 
 
 def _chunked(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:

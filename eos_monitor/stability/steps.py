@@ -113,7 +113,7 @@ class Steps:
             whole: Whether the step has no other micro-batch.
         """
         value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64)
-        self._losses.append(value * factor)
+        self._losses.append(value if factor == 1.0 else value * factor)
         if whole and self._at_once and self._open is not None:
             self._hand_on(self._open, float(self._losses.pop()))
 
@@ -196,6 +196,9 @@ class Steps:
 
 def _read(tensors: list[Tensor | None], size: int) -> list[list[float] | None]:
     """Read tensors of one size from their device, in one go."""
+    if len(tensors) == 1:
+        (tensor,) = tensors
+        return [None if tensor is None else tensor.reshape(size).tolist()]
     known = [tensor.reshape(size).double() for tensor in tensors if tensor is not None]
     if not known:
         return [None] * len(tensors)
