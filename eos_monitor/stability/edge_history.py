@@ -90,9 +90,11 @@ class EdgeHistory:
         if lr == self._lr and len(self.beyond) == len(self.entries):
             return
         self._lr = lr
-        cuts = [min(1.0, 1.0 if factor is None else factor) for factor in (_factor(lr, e.lr) for e in self.entries)]
-        self.beyond = [cut * (e.ratio - 2 * e.error) > 1.0 for cut, e in zip(cuts, self.entries, strict=True)]
-        self.rises = sum(e.rose and cut * e.ratio > 1.0 for cut, e in zip(cuts, self.entries, strict=True))
+        # A cut only makes smaller: most readings need not be carried, and a schedule calls this at each step.
+        self.beyond = [
+            e.ratio - 2 * e.error > 1.0 and _cut(lr, e.lr) * (e.ratio - 2 * e.error) > 1.0 for e in self.entries
+        ]
+        self.rises = sum(e.rose and e.ratio > 1.0 and _cut(lr, e.lr) * e.ratio > 1.0 for e in self.entries)
         self._factor = _factor(lr, self.entries[-1].lr) if self.entries else None
 
     @property
@@ -136,6 +138,11 @@ def _factor(now: Sequence[float] | None, then: Sequence[float]) -> float | None:
     if len(now) != len(then) or any(not b > 0.0 for _, b in pairs):
         return None
     return max((a / b for a, b in pairs), default=1.0)
+
+
+def _cut(now: Sequence[float] | None, then: Sequence[float]) -> float:
+    factor = _factor(now, then)
+    return 1.0 if factor is None else min(1.0, factor)
 
 
 def _share_of_line(reading: StabilityReading) -> tuple[float | None, float]:

@@ -47,7 +47,10 @@ class Excursions:
     @property
     def level(self) -> float | None:
         """Median of the last losses; None before the first."""
-        return median(self._sorted) if self._sorted else None
+        values, middle = self._sorted, len(self._sorted) // 2
+        if not values:
+            return None
+        return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
 
     def take(self, step: int, loss: float) -> None:
         """Take in the loss of a step."""
