@@ -201,3 +201,14 @@ def test_plans_are_reproducible_and_positive(scenario: str) -> None:
     assert np.array_equal(first.inputs, second.inputs)
     assert (first.lr > 0).all()
     assert len(first.lr) == len(first.inputs) == 300
+
+
+def test_counts_of_the_advisory_are_those_of_the_page() -> None:
+    """The page is written from the runs; the numbers that the advisory quotes must not fall behind it."""
+    from eos_monitor.stability.jump_risk import _FAILED
+
+    page = (Path(__file__).parents[2] / "docs" / "detector.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- bench:risks -->\n")[2].partition("<!-- end -->")[0].splitlines()[2:]
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in table]
+    found = {name: tuple(tuple(int(n) for n in part.split(" of ")) for part in parts) for name, *parts in rows}
+    assert found == _FAILED
