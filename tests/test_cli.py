@@ -33,9 +33,10 @@ def test_demo_shows_table_files_and_the_next_command(
     assert "mean edge ratio, steps 22 to 45" in shown.out
     assert "45/45" in shown.out  # the progress bars
     folder = Path("my demo")
-    assert f"Both runs in one figure: {folder / 'edge_of_stability.png'}" in shown.out
+    assert f"All runs in one figure: {folder / 'edge_of_stability.png'}" in shown.out
     assert "--logdir 'my demo'" in shown.out
-    assert {path.name for path in folder.iterdir()} == {"edge_of_stability.png", "gradient_descent", "adamw"}
+    names = {"edge_of_stability.png", "gradient_descent", "adamw", "minibatch_sgd"}
+    assert {path.name for path in folder.iterdir()} == names
     assert [path.name for path in tmp_path.iterdir()] == ["my demo"]  # nothing anywhere else
     # What Lightning says of devices, loggers and workers is not for a first look.
     assert shown.err == ""

@@ -25,10 +25,14 @@ VERDICT_COLORS = {
     "RESTRAINED": "#f6b48f",
     "DIVERGING": "#ee8a82",
 }
+_BATCH_COLOR = "#2a7f3f"
 
 
 def run_figure(rows: Sequence[Row], losses: Sequence[tuple[int, float]] = (), title: str = "") -> Figure:
     """Draw loss, normalized sharpness with its threshold and error band, and edge ratio over the verdicts.
+
+    In minibatch runs of SGD lr · batch sharpness stands beside the normalized sharpness. It is held against the
+    threshold; with momentum β against 2(1 − β), for small batches, and 2(1 + β), for large ones.
 
     Args:
         rows: Readings as plain rows, oldest first.
@@ -73,6 +77,17 @@ def pixels_of(figure: Figure) -> NDArray[np.uint8]:
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
+def normalized_batch_sharpness(row: Row) -> float | None:
+    """Return lr · batch sharpness of a reading: 2 is the edge of SGD without momentum; None if it was not measured."""
+    value, limits = row.get("batch_sharpness"), row.get("batch_sharpness_limits")
+    return None if value is None or limits is None else value * _batch_scale(limits)
+
+
+def _batch_scale(limits: Sequence[float]) -> float:
+    # The learning rate that the step has, dampening included: the limits 2(1 ∓ β)/lr add up to 4/lr.
+    return 4.0 / (limits[0] + limits[1])
+
+
 def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
     kept = [row for row in rows if row.get(key) is not None]
     return [row["step"] for row in kept], [row[key] for row in kept]
@@ -94,7 +109,8 @@ def _draw_loss(ax: Axes, rows: Sequence[Row], losses: Sequence[tuple[int, float]
 
 def _draw_sharpness(ax: Axes, rows: Sequence[Row]) -> None:
     steps, values = _series(rows, "normalized_sharpness")
-    if not values:
+    batchwise = [row for row in rows if normalized_batch_sharpness(row) is not None]
+    if not values and not batchwise:
         steps, values = _series(rows, "sharpness")
         ax.set_ylabel("sharpness")
         _line(ax, steps, values, "#1f5a94", "λ_max(H)")
@@ -102,22 +118,69 @@ def _draw_sharpness(ax: Axes, rows: Sequence[Row]) -> None:
         ax.set_ylabel("normalized sharpness")
         _line(ax, steps, values, "#1f5a94", "lr · λ_max(P⁻¹(H + W))")
         known = [row for row in rows if row.get("normalized_sharpness") is not None and row.get("error") is not None]
-        bands = [row["error"] * row["threshold"] for row in known]
-        middle = [row["normalized_sharpness"] for row in known]
-        ax.fill_between(
+        _band(
+            ax,
             [row["step"] for row in known],
-            [m - 2 * b for m, b in zip(middle, bands, strict=True)],
-            [m + 2 * b for m, b in zip(middle, bands, strict=True)],
-            color="#1f5a94",
-            alpha=0.2,
-            linewidth=0,
-            label="± 2 · error",
+            [row["normalized_sharpness"] for row in known],
+            [row["error"] * row["threshold"] for row in known],
+            "#1f5a94",
+            "± 2 · error",
         )
+        if batchwise:
+            values = [*_draw_batch_sharpness(ax, batchwise), *values]
         at, thresholds = _series(rows, "threshold")
         ax.plot(at, thresholds, color="#b3261e", linestyle="--", linewidth=1.0, label="threshold")
     if values:
         ax.set_ylim(bottom=min(0.0, *values))
-        _legend(ax, values)
+        _legend(ax, values, columns=2 if batchwise else 1)
+
+
+def _draw_batch_sharpness(ax: Axes, rows: Sequence[Row]) -> list[float]:
+    """Draw lr · batch sharpness with its band, and its two limits where they differ; return what was drawn."""
+    steps = [row["step"] for row in rows]
+    scales = [_batch_scale(row["batch_sharpness_limits"]) for row in rows]
+    values = [row["batch_sharpness"] * scale for row, scale in zip(rows, scales, strict=True)]
+    _line(ax, steps, values, _BATCH_COLOR, "lr · batch sharpness")
+    known = [i for i, row in enumerate(rows) if row.get("batch_sharpness_error") is not None]
+    _band(
+        ax,
+        [steps[i] for i in known],
+        [values[i] for i in known],
+        [rows[i]["batch_sharpness_error"] * scales[i] for i in known],
+        _BATCH_COLOR,
+    )
+    # Without momentum both are the threshold.
+    if any(row["batch_sharpness_limits"][0] != row["batch_sharpness_limits"][1] for row in rows):
+        for side, batches in ((0, "small"), (1, "large")):
+            line = [row["batch_sharpness_limits"][side] * scale for row, scale in zip(rows, scales, strict=True)]
+            ax.plot(
+                steps,
+                line,
+                color=_BATCH_COLOR,
+                linestyle=(":", "-.")[side],
+                linewidth=1.0,
+                label=f"its limit for {batches} batches",
+            )
+    return values
+
+
+def _band(
+    ax: Axes,
+    steps: Sequence[int],
+    middle: Sequence[float],
+    errors: Sequence[float],
+    color: str,
+    label: str | None = None,
+) -> None:
+    ax.fill_between(
+        steps,
+        [m - 2 * e for m, e in zip(middle, errors, strict=True)],
+        [m + 2 * e for m, e in zip(middle, errors, strict=True)],
+        color=color,
+        alpha=0.2,
+        linewidth=0,
+        label=label,
+    )
 
 
 def _draw_edge_ratio(ax: Axes, rows: Sequence[Row]) -> None:
@@ -138,10 +201,10 @@ def _draw_edge_ratio(ax: Axes, rows: Sequence[Row]) -> None:
         _legend(ax, values)
 
 
-def _legend(ax: Axes, values: Sequence[float]) -> None:
+def _legend(ax: Axes, values: Sequence[float], columns: int = 1) -> None:
     """Put the legend where the end of the curve is not."""
     low = bool(values) and values[-1] < 0.4 * ax.get_ylim()[1]
-    ax.legend(loc="center right" if low else "lower right", fontsize="small")
+    ax.legend(loc="center right" if low else "lower right", fontsize="small", ncols=columns)
 
 
 def _line(ax: Axes, steps: Sequence[int], values: Sequence[float], color: str, label: str | None) -> None:

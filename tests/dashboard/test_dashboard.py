@@ -103,6 +103,39 @@ def test_error_band_is_two_errors_wide_in_units_of_sharpness() -> None:
     assert (heights.min(), heights.max()) == pytest.approx((0.8, 1.2))
 
 
+def batch_row(step: int, value: float, error: float | None, limits: list[float], **changes: Any) -> dict[str, Any]:
+    """One reading of minibatch SGD."""
+    batchwise = {"batch_sharpness": value, "batch_sharpness_error": error, "batch_sharpness_limits": limits}
+    return row(step, 0.5, full_batch=False, **batchwise, **changes)
+
+
+def test_batch_sharpness_stands_beside_the_normalized_sharpness() -> None:
+    # lr 0.1, then 0.2: the limits are 2/lr, and lr · BS is 1.5 and 2
+    rows = [batch_row(0, 15.0, 0.5, [20.0, 20.0]), batch_row(10, 10.0, 0.5, [10.0, 10.0])]
+    sharpness = run_figure(rows).axes[1]
+    lines = {line.get_label(): line for line in sharpness.lines}
+    assert list(lines) == ["lr · λ_max(P⁻¹(H + W))", "lr · batch sharpness", "threshold"]
+    np.testing.assert_allclose(lines["lr · batch sharpness"].get_xydata(), [(0, 1.5), (10, 2.0)])
+    heights = sharpness.collections[1].get_paths()[0].vertices[:, 1]
+    # two errors of 0.05 and of 0.1
+    assert (heights.min(), heights.max()) == pytest.approx((1.4, 2.2))
+
+
+def test_batch_sharpness_under_momentum_has_two_limits() -> None:
+    # lr 0.1, momentum 0.9
+    rows = [batch_row(step, 8.0, None, [2.0, 38.0], threshold=3.8) for step in (0, 10)]
+    lines = {line.get_label(): line.get_ydata() for line in run_figure(rows).axes[1].lines}
+    np.testing.assert_allclose(lines["lr · batch sharpness"], [0.8, 0.8])
+    np.testing.assert_allclose(lines["its limit for small batches"], [0.2, 0.2])
+    np.testing.assert_allclose(lines["its limit for large batches"], [3.8, 3.8])
+
+
+def test_batch_sharpness_without_an_edge_ratio_is_drawn() -> None:
+    rows = [r | {"edge_ratio": None, "normalized_sharpness": None} for r in [batch_row(0, 10.0, 0.5, [20.0, 20.0])]]
+    lines = {line.get_label(): line.get_ydata() for line in run_figure(rows).axes[1].lines}
+    np.testing.assert_allclose(lines["lr · batch sharpness"], [1.0])
+
+
 def test_ground_is_coloured_by_verdict() -> None:
     ratio = run_figure(CLIMB).axes[2]
     spans = [(p.get_x(), p.get_x() + p.get_width(), to_hex(p.get_facecolor())) for p in ratio.patches]
