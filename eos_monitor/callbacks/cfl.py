@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from eos_monitor.callbacks.companion import Companion
 from eos_monitor.callbacks.occasion import Occasion
 from eos_monitor.callbacks.outputs import RunOutputs
-from eos_monitor.cfl.capture import layer_names
+from eos_monitor.cfl.capture import NoLayerError, layer_names
 from eos_monitor.cfl.estimate import CFLEstimate
 from eos_monitor.cfl.gauge import CFLGauge
 from eos_monitor.dashboard.layers import layers_table
 from eos_monitor.stability.detector import Verdict
+from eos_monitor.stability.engine import Change
 from eos_monitor.stability.reading import Measurement, common_factor
-from eos_monitor.stability.thresholds import critical_curvature
+from eos_monitor.stability.thresholds import critical_curvature, learning_rates
 
 _REFINE_EVERY = 5  # readings between exact tiers, while the verdict stays the same
 
@@ -84,7 +85,7 @@ class CFLMonitor(Companion):
     _fresh: bool  # whether what was measured is not written yet
     _count: int
     _refined_at: Verdict | None
-    _last_verdict: Verdict
+    _measured_at: int
 
     def __init__(
         self,
@@ -119,6 +120,7 @@ class CFLMonitor(Companion):
                 "seed": seed,
             },
         )
+        self._patterns = layers
         self._gauge_settings: dict[str, Any] = {
             "layers": layers,
             "probes": probes,
@@ -168,6 +170,8 @@ class CFLMonitor(Companion):
         self._order = list(layer_names(module))
         if not self._order:
             self.turn_off("The module has no Linear or convolution layer.")
+        elif not any(self._gauge.wants(name) for name in self._order):
+            self.turn_off(f"Expected `layers` to match one of {', '.join(self._order)}; got {self._patterns!r}.")
         elif trainer.world_size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
             self.turn_off("Synchronized batch normalization needs every process, and one alone measures layers.")
 
@@ -178,16 +182,20 @@ class CFLMonitor(Companion):
             return
         verdict = occasion.verdict
         refine = self._count % _REFINE_EVERY == 0 or verdict != self._refined_at
-        self._estimates = self._gauge.measure(
-            occasion.pl_module,
-            occasion.loss_fn,
-            occasion.batches,
-            occasion.trainer.optimizers,
-            sandbox=occasion.sandbox(),
-            mode=None if occasion.modes is None else occasion.modes[:, 0],
-            refine=refine,
-        )
-        self._measurement = occasion.measurement
+        try:
+            self._estimates = self._gauge.measure(
+                occasion.pl_module,
+                occasion.loss_fn,
+                occasion.batches,
+                occasion.trainer.optimizers,
+                sandbox=occasion.sandbox(),
+                mode=None if occasion.modes is None else occasion.modes[:, 0],
+                refine=refine,
+            )
+        except NoLayerError as error:
+            self.turn_off(str(error))
+            return
+        self._measurement, self._measured_at = occasion.measurement, occasion.step
         self._count += 1
         self._fresh = True
         if refine:
@@ -201,8 +209,14 @@ class CFLMonitor(Companion):
         if s is None:
             self._estimates = [replace(e, cfl_number=None) for e in self._estimates]  # not those of this step
         elif s != 1.0:
+            # lr_max is another one where more than the rate has moved: momentum, in OneCycleLR.
+            rates = zip(learning_rates(optimizers), self._measurement.reading.lr, strict=True)
+            t = next((now / before for now, before in rates if before), s)
             self._estimates = [
-                e if e.cfl_number is None else replace(e, cfl_number=s * e.cfl_number) for e in self._estimates
+                e
+                if e.cfl_number is None or e.lr_max is None
+                else replace(e, cfl_number=s * e.cfl_number, lr_max=t / s * e.lr_max)
+                for e in self._estimates
             ]
 
     def write(self, step: int, verdict: Verdict) -> None:
@@ -218,21 +232,33 @@ class CFLMonitor(Companion):
         row = {"run": self._run_id, "step": step, "verdict": verdict.name, "layers": layers}
         self._rows.append(row)
         self._outputs.row(row, metrics)
-        if verdict > Verdict.EDGE >= self._last_verdict:
-            self._outputs.say(f"step {step}: {verdict.name}; layers by their own limits:\n{layers_table(layers)}")
-        self._last_verdict = verdict
+
+    def changed(self, change: Change) -> None:
+        """Tell the layers when the verdict goes beyond EDGE, as they were when they were last measured."""
+        if change.verdict > Verdict.EDGE >= change.previous and self._estimates:
+            table = layers_table([asdict(e) for e in self._estimates])
+            self._outputs.say(
+                f"step {change.step}: {change.verdict.name}; layers by their own limits, as of step "
+                f"{self._measured_at}:\n{table}"
+            )
 
     def finish(self, step: int) -> None:
-        """Draw the heat map."""
-        if self._rows:
-            self._outputs.layers_figure(self._rows)
+        """Draw the heat map, and tell the crossings."""
+        if not self._rows:
+            return
+        path = self._outputs.layers_figure(self._rows)
+        crossed = [f"{layer} {n} time{'s' * (n > 1)}" for layer, n in self._crossings.items() if n]
+        told = (
+            f"layers that crossed their own limits: {', '.join(crossed)}" if crossed else "no layer crossed its limit"
+        )
+        self._outputs.say(f"{len(self._rows)} layer-wise readings; {told}." + (f" Heat map: {path}" if path else ""))
 
     # ------------------------------------------------------------------ inside
 
     def _start_afresh(self) -> None:
         self._estimates, self._rows, self._order = [], [], []
         self._measurement, self._fresh, self._count = None, False, 0
-        self._refined_at, self._last_verdict = None, Verdict.WARMING_UP
+        self._refined_at, self._measured_at = None, 0
 
     def _position(self, layer: str) -> int:
         return self._order.index(layer) if layer in self._order else len(self._order)

@@ -12,6 +12,7 @@ from eos_monitor.callbacks.occasion import Occasion
 from eos_monitor.callbacks.outputs import RunOutputs
 from eos_monitor.stability.attempts import Attempts
 from eos_monitor.stability.detector import Verdict
+from eos_monitor.stability.engine import Change
 
 
 class Companion(Callback):
@@ -42,11 +43,14 @@ class Companion(Callback):
         """Start afresh for a new fit."""
 
     def measure(self, occasion: Occasion) -> None:
-        """Measure; called once a reading, inside the host's verification. A failure is told once."""
+        """Measure; called once a reading that is ready, inside the host's verification. A failure is told once."""
         raise NotImplementedError
 
     def settle(self, optimizers: Sequence[Any]) -> None:
         """Take in the settings that the step uses."""
+
+    def changed(self, change: Change) -> None:
+        """Answer to a new verdict, or a new advisory; it may come between readings."""
 
     def write(self, step: int, verdict: Verdict) -> None:
         """Write what was measured at ``step``."""
@@ -68,11 +72,15 @@ class Companion(Callback):
     def take_part(self, occasion: Occasion) -> None:
         """Measure, unless that was given up."""
         if self._attempts.off is None:
-            self.guard(lambda: self.measure(occasion))
+            self._attempts.run(lambda: self.measure(occasion))
 
     def guard(self, action: Callable[[], None]) -> None:
-        """Do something; a failure is told once and stays here."""
-        self._attempts.run(action)
+        """Do what follows a measurement; a failure is told once and stays here."""
+        try:
+            action()
+        except Exception as error:
+            # Not among the attempts: one that has nothing to write would count as a success.
+            self._attempts.warn_once("after", f"eos_monitor: {type(self).__name__} failed; training goes on. {error!r}")
 
     # ------------------------------------------------------------------ Lightning
 

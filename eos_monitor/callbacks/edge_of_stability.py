@@ -17,6 +17,7 @@ from eos_monitor.alerts.alert import alert_of
 from eos_monitor.alerts.sinks import Sink, check_alerts
 from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.callbacks._compat import Callback
+from eos_monitor.callbacks.actions import Actions
 from eos_monitor.callbacks.look_ahead import LookAhead
 from eos_monitor.callbacks.losses import resolve_loss
 from eos_monitor.callbacks.occasion import Occasion
@@ -75,6 +76,7 @@ class EdgeOfStabilityMonitor(Callback):
     ``eos/verdict``               −1 unknown, 0 warming up, 1 stable, 3 edge, 5 diverging
     ``eos/matvecs``               Hessian-vector products of the reading
     ``eos/overhead``              the monitor's share of the training time so far
+    ``eos/lr_factor``             least factor that an action has put on a learning rate; only with actions
     ============================  =====================================================================
 
     A value that is None is not logged. Rows go to every logger under the step that Lightning logs under, and to
@@ -110,6 +112,15 @@ class EdgeOfStabilityMonitor(Callback):
         projections: Follow each update (its size, and its projections on the critical mode and on a random vector):
             one copy of the parameters and six passes over them a step. None for if it fits into the budget.
         seed: Seed of start vectors and jitter.
+        actions: What may be done about an instability: ``"cap-lr"`` (on a fast rise of a learning rate, from that step
+            on), and once DIVERGING is confirmed ``"checkpoint"`` (also at the risk of a jump), ``"restore"`` (go back
+            to a state from before, at half the learning rates) and ``"stop"`` (with ``"restore"``: if that cannot be).
+        dry_run: Only say what would have been done: in the log, to the alerts, and in ``eos_actions.jsonl``.
+        edge_target: Edge ratio at which ``"cap-lr"`` aims; None for nine tenths of where jumps of the kind were seen to
+            fail.
+        lr_floor: Smallest factor that actions put on a learning rate, in (0, 1].
+        action_cooldown: Steps until a capped learning rate may rise again.
+        snapshot_every: Steps between the states that are kept, on the CPU, for ``"restore"``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -146,6 +157,12 @@ class EdgeOfStabilityMonitor(Callback):
         alert_cooldown: float = 60.0,
         projections: bool | None = None,
         seed: int = 0,
+        actions: Sequence[str] = (),
+        dry_run: bool = True,
+        edge_target: float | None = None,
+        lr_floor: float = 1e-3,
+        action_cooldown: int = 64,
+        snapshot_every: int = 32,
     ) -> None:
         super().__init__()
         if not name or "/" in name:
@@ -156,6 +173,15 @@ class EdgeOfStabilityMonitor(Callback):
         self._loss_fn, self._alerts, self._full_batch = loss_fn, tuple(alerts), full_batch
         self._verify, self._expose, self._cooldown = verify, expose_metrics, alert_cooldown
         self._projections = projections
+        self._make_actions = partial(
+            Actions,
+            tuple(actions) if not isinstance(actions, str) else actions,
+            dry_run=dry_run,
+            target=edge_target,
+            floor=lr_floor,
+            cooldown=action_cooldown,
+            snapshot_every=snapshot_every,
+        )
         shared: dict[str, Any] = {"batch_size_fn": batch_size_fn, "seed": seed}
         self._gauge_settings = shared | {
             "k": k,
@@ -200,6 +226,15 @@ class EdgeOfStabilityMonitor(Callback):
         return run_report(self._engine.rows, changes, self._engine.schedule.overhead)
 
     @property
+    def actions(self) -> list[dict[str, Any]]:
+        """What was done about instabilities, or would have been, oldest first."""
+        return self._actions.done
+
+    def release(self) -> None:
+        """Give all learning rates back to the schedule, and do nothing more about instabilities in this run."""
+        self._actions.release()
+
+    @property
     def state_key(self) -> str:
         """Key of this monitor's state in a checkpoint."""
         return self._generate_state_key(name=self.name)
@@ -210,6 +245,7 @@ class EdgeOfStabilityMonitor(Callback):
             "detector": self._engine.detector.state_dict(),
             "watched": self._watched,
             "alerts": self._throttle.state_dict(),
+            "actions": self._actions.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -217,6 +253,7 @@ class EdgeOfStabilityMonitor(Callback):
         self._engine.detector.load_state_dict(state_dict["detector"])
         self._watched_before = state_dict["watched"]
         self._throttle.load_state_dict(state_dict["alerts"])
+        self._actions.load_state_dict(state_dict["actions"])
 
     # ------------------------------------------------------------------ hooks
 
@@ -241,6 +278,8 @@ class EdgeOfStabilityMonitor(Callback):
         self._outputs = self._open_outputs(trainer)
         self._outputs.layout()
         self._engine.changed = self._announce
+        # Of this fit: the monitor may have been in another Trainer with others.
+        self.companions = [companion for companion in self.companions if companion in trainer.callbacks]
         for companion in self.companions:
             companion.begin_with(trainer)
         self._active = True
@@ -267,6 +306,7 @@ class EdgeOfStabilityMonitor(Callback):
             self._engine.follow(trainer.optimizers)
             self._ahead = LookAhead(trainer, pl_module)
             self._steps = self._follow_steps(trainer)
+            self._actions.begin(trainer, pl_module, self._engine, self._outputs)
         self._engine.schedule.begin(_step(trainer))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -283,6 +323,7 @@ class EdgeOfStabilityMonitor(Callback):
                 self._steps.end(self._window)  # nothing, unless the optimizer was stepped behind Lightning's back
             self._window = step
             self._write_leftover(trainer)
+            self._act(trainer, step)
             if self._engine.due(step):
                 self._pending = self._measure(trainer, pl_module, batch, step)
 
@@ -293,13 +334,15 @@ class EdgeOfStabilityMonitor(Callback):
         with self._engine.schedule.own_time():
             self._begin_step(trainer)
             if self._pending is not None and self._finished is None:
-                settings = self._ahead.after(1, self._batch_idx)
-                self._finished = replace(
-                    self._pending.at(trainer.optimizers),
-                    edge_ratio_next=edge_ratio_at(self._pending, trainer.optimizers, settings),
-                )
-                for companion in self.companions:
-                    companion.guard(partial(companion.settle, trainer.optimizers))
+                settings = self._actions.ahead(self._ahead.after(1, self._batch_idx))
+                with self._actions.in_effect():
+                    self._finished = replace(
+                        self._pending.at(trainer.optimizers),
+                        edge_ratio_next=edge_ratio_at(self._pending, trainer.optimizers, settings),
+                    )
+                    for companion in self.companions:
+                        companion.guard(partial(companion.settle, trainer.optimizers))
+            self._actions.now(optimizer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the reading of this step, and take in its loss."""
@@ -341,6 +384,7 @@ class EdgeOfStabilityMonitor(Callback):
 
     def _reset(self) -> None:
         self._throttle = Throttle(self._cooldown)
+        self._actions = self._make_actions()
         self._engine = Engine(Gauge(**self._gauge_settings), **self._engine_settings)
         self._verification = Verification(self._verify)
         self._used = self._active = self._batch_ended = self._introduced = self._ending = False
@@ -372,20 +416,28 @@ class EdgeOfStabilityMonitor(Callback):
                 accumulate=trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1,
                 sandbox=TrainerSandbox(trainer, pl_module),
             )
-            self._companions_measure(trainer, pl_module, batch, step, measurement)
             if measurement is not None:
+                self._companions_measure(trainer, pl_module, batch, step, measurement)
                 self._followed = Followed(measurement, self._followed)
+                self._actions.measured(measurement)
                 self._steps.aim(self._followed.direction, trained_parameters(trainer.optimizers))
             return measurement
 
         def look() -> Fingerprint:
             return run_fingerprint(trainer, pl_module, leave_out=self)
 
-        return self._verification.around(look, self._engine, self._outputs.say, measure)
+        def measure_in_effect() -> Measurement | None:
+            with self._actions.in_effect():
+                return measure()
+
+        return self._verification.around(look, self._engine, self._outputs.say, measure_in_effect)
 
     def _companions_measure(
-        self, trainer: Any, pl_module: Any, batch: Any, step: int, measurement: Measurement | None
+        self, trainer: Any, pl_module: Any, batch: Any, step: int, measurement: Measurement
     ) -> None:
+        self._companions_seconds = 0.0
+        if not measurement.reading.ready or self._engine.off is not None:
+            return  # no reading that is charged, or written
         began = time.perf_counter()
         for companion in self.companions:
             companion.take_part(
@@ -403,7 +455,8 @@ class EdgeOfStabilityMonitor(Callback):
                 )
             )
         # Around every reading the time is that of the whole occasion already.
-        self._companions_seconds = 0.0 if self._verify == "always" else time.perf_counter() - began
+        if self._verify != "always":
+            self._companions_seconds = time.perf_counter() - began
 
     def _open_outputs(self, trainer: Any) -> RunOutputs:
         return RunOutputs(trainer, self.name, self._alerts, self._engine.warn_once, self._throttle)
@@ -431,6 +484,8 @@ class EdgeOfStabilityMonitor(Callback):
         self._introduce(reading)
         row = self._engine.rows[-1]
         metrics = edge_metrics(self.name, row, int(verdict), group_names(trainer.optimizers))
+        if self._actions.factors:
+            metrics[f"{self.name}/lr_factor"] = min(self._actions.factors)
         self._outputs.row(row, metrics)
         if self._expose and not self._ending:  # no logging is possible once training has ended
             for key, value in metrics.items():
@@ -466,7 +521,10 @@ class EdgeOfStabilityMonitor(Callback):
         )
 
     def _announce(self, change: Change) -> None:
+        self._actions.noticed(change)
         self._outputs.alert(alert_of(change, self.readings[-1] if self.readings else None))
+        for companion in self.companions:
+            companion.guard(partial(companion.changed, change))
 
     def _follow_steps(self, trainer: Any) -> Steps:
         engine = self._engine
@@ -493,14 +551,26 @@ class EdgeOfStabilityMonitor(Callback):
     def _begin_step(self, trainer: Any) -> None:
         if not self._begun:
             self._begun = True
-            self._steps.begin(
-                _step(trainer),
-                lambda: {
-                    "lr": learning_rates(trainer.optimizers),
-                    "lr_ahead": self._ahead.highest_rate(self._batch_idx),
-                    "edge_ratio": self._followed.edge_ratio(trainer.optimizers),
-                },
-            )
+            self._actions.before_update(_step(trainer), self._followed)
+            # The schedule is looked up by its own settings, and the step is taken with those in effect.
+            ahead = self._ahead.highest_rate(self._batch_idx)
+            if ahead is not None and self._actions.factors:
+                ahead *= self._actions.factors[0]
+            with self._actions.in_effect():
+                self._steps.begin(
+                    _step(trainer),
+                    lambda: {
+                        "lr": learning_rates(trainer.optimizers),
+                        "lr_ahead": ahead,
+                        "edge_ratio": self._followed.edge_ratio(trainer.optimizers),
+                    },
+                )
+
+    def _act(self, trainer: Any, step: int) -> None:
+        followed = self._actions.before_step(step, self._followed)
+        if followed is not self._followed:
+            self._followed = followed
+            self._steps.aim(followed.direction, trained_parameters(trainer.optimizers))
 
     def _collect_loss(self, trainer: Any, pl_module: Any, outputs: Any) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -510,6 +580,7 @@ class EdgeOfStabilityMonitor(Callback):
 
     def _finish(self, step: int) -> None:
         engine = self._engine
+        self._actions.end()
         self._active, engine.ranks = False, Ranks()
         engine.schedule.end()
         for companion in self.companions:
@@ -528,7 +599,8 @@ class EdgeOfStabilityMonitor(Callback):
 
 def _step(trainer: Any) -> int:
     """Return the step that Lightning logs under: optimizer-step windows since the start."""
-    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+    step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+    return int(trainer.global_step if step is None else step)
 
 
 def _first_double_backward(device: torch.device) -> None:

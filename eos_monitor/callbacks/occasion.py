@@ -25,7 +25,7 @@ class Occasion:
         loss_fn: The loss that the host measures.
         batches: The host's probe, on the module's device.
         step: Optimizer step that the occasion precedes.
-        measurement: The host's reading; None if it failed.
+        measurement: The host's reading.
         modes: Critical modes of it, ``(n, k)``.
         verdict: The host's, as of the step before.
         ahead: n -> what the schedulers will have set n steps from the one to come; None where that is not known.
@@ -36,7 +36,7 @@ class Occasion:
     loss_fn: LossFn
     batches: list[Any]
     step: int
-    measurement: Measurement | None
+    measurement: Measurement
     modes: Tensor | None
     verdict: Verdict
     ahead: Callable[[int], Settings | None]

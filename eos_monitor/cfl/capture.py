@@ -29,6 +29,7 @@ __all__ = [
     "Capture",
     "LayerCall",
     "LossCall",
+    "NoLayerError",
     "Observer",
     "capture",
     "layer_names",
@@ -41,6 +42,10 @@ _HIDDEN: dict[type[nn.Module], str] = {
 }
 # What modules call their weights, weight_norm's among them.
 _WEIGHTS = ("weight", "weight_g", "weight_v")
+
+
+class NoLayerError(ValueError):
+    """The loss runs through no layer that can be measured."""
 
 
 def layer_names(module: nn.Module) -> dict[str, Tensor]:
@@ -75,7 +80,7 @@ def capture(
         previous: Live parameter -> its value before the last update, for the observers.
 
     Raises:
-        ValueError: If no layer with a weight among ``parameters`` was called.
+        NoLayerError: If no layer with a weight among ``parameters`` was called.
     """
     tracers = []
 
@@ -98,7 +103,7 @@ def capture(
     (tracer,) = tracers
     missing = _missing(module, parameters, tracer)
     if not tracer.layers:
-        raise ValueError(
+        raise NoLayerError(
             "Expected a loss that runs through a Linear or convolution layer with a trainable weight, got none"
             f"{''.join(f'; {name}: {why}' for name, why in missing.items())}."
         )

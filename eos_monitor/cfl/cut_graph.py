@@ -7,7 +7,7 @@ of that sum is block-diagonal by construction: only the operations between a lay
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,20 +57,20 @@ class CutMode(TorchFunctionMode):
         self._outputs.append(cut)
         return cut.clone()  # what follows may work in place, which a leaf forbids
 
-    def segments(self, out: GradientEdge, gradient: Tensor, wanted: set[int]) -> dict[int, Segment]:
+    def segments(self, out: Sequence[tuple[GradientEdge, Tensor]], wanted: set[int]) -> dict[int, Segment]:
         """Return the segments behind the wanted calls that have curvature.
 
         Args:
-            out: Where the tensor that the loss is a function of is in this evaluation's graph.
-            gradient: Gradient of the loss in it.
+            out: Where the tensor that the loss is a function of is in this evaluation's graph, and the loss's gradient
+                in it; none where that tensor is the output of a layer.
             wanted: Numbers of the calls.
         """
         outputs = {number: self._outputs[number] for number in wanted}
-        ends: list[Any] = [*self._ends, out]
+        ends: list[Any] = [*self._ends, *(edge for edge, _ in out)]
         found = torch.autograd.grad(
             ends,
             list(outputs.values()),
-            [*self._gradients_of_ends, gradient],
+            [*self._gradients_of_ends, *(gradient for _, gradient in out)],
             create_graph=True,
             allow_unused=True,
         )

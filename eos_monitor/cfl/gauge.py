@@ -85,12 +85,12 @@ class CFLGauge:
         samples = [self._batch_size(batch) for batch in batches]
         optimizers = _several(optimizer)
         limits = Limits(optimizers)
-        weights = {name: p for name, p in layer_names(module).items() if self._wanted(name) and limits.trains(p)}
+        weights = {name: p for name, p in layer_names(module).items() if self.wants(name) and limits.trains(p)}
         random = torch.Generator().manual_seed(self._seed)
         sandbox = sandbox or Sandbox(module)
         trained = [p for p in module.parameters() if limits.trains(p)]
         with sandbox:
-            request = Request(loss_fn, trained, self._wanted, self._probes, random, self._bound, self._coupled)
+            request = Request(loss_fn, trained, self.wants, self._probes, random, self._bound, self._coupled)
             pieces = take_apart(sandbox, module, batches, samples, request)
             self._coupled = pieces.coupled  # found out once
             estimates = [self._cheap(layer, limits, random) for layer in pieces.layers.values()]
@@ -110,7 +110,8 @@ class CFLGauge:
         ]
         return sorted(estimates, key=lambda e: e.rank_value, reverse=True)
 
-    def _wanted(self, name: str) -> bool:
+    def wants(self, name: str) -> bool:
+        """Whether a layer of this name is among those to be measured."""
         return self._patterns is None or any(fnmatchcase(name, pattern) for pattern in self._patterns)
 
     def _cheap(self, layer: LayerPieces, limits: Limits, random: torch.Generator) -> CFLEstimate:

@@ -22,6 +22,7 @@ from eos_monitor.cfl.paper_bound import PaperBound, paper_bound
 from eos_monitor.cfl.regimes import RegimeCounter
 from eos_monitor.curvature.sandbox import LossFn, Sandbox
 
+_LAST = "last layer"
 _LEAK = 1e-6  # of a gradient that is where none should be; batched kernels leave exact zeros
 
 
@@ -147,8 +148,8 @@ class _Pass:
             if request.wanted(call.name):
                 self._admit(call)
         try:
-            edge, out = _output(seen, [_edge(call).node for call in seen.layers])
-            vectors = output_probes(loss, edge, out.detach(), request.probes, request.generator)
+            which, edge, out = _output(seen)
+            vectors = output_probes(loss, edge, out, request.probes, request.generator)
         except NotSeparableError as error:
             self.missing |= dict.fromkeys(self.calls, str(error))
             return
@@ -164,7 +165,7 @@ class _Pass:
             self._note_gradients(loss)
         needed = {call.index: use for call, use in self._pairs() if use.bend is None and self._curved(call)}
         if needed:
-            self._cut(seen, loss, edge, needed)
+            self._cut(seen, loss, which, edge, needed)
 
     def _admit(self, call: LayerCall) -> None:
         if call.shape[0] % self._size or len(call.shape) < 2:
@@ -232,21 +233,37 @@ class _Pass:
                 )
             )
 
-    def _cut(self, seen: Capture, loss: Tensor, edge: GradientEdge, needed: Mapping[int, Use]) -> None:
+    def _cut(self, seen: Capture, loss: Tensor, which: str, edge: GradientEdge, needed: Mapping[int, Use]) -> None:
         edges = [edge, *(_edge(call) for call in seen.layers)]
         gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
         at_calls = {call.index: g for call, g in zip(seen.layers, gradients[1:], strict=True) if g is not None}
         stand_ins = {p: p.detach() for p in self._parameters}
         with CutMode({id(p) for p in stand_ins.values()}, at_calls) as mode:
             again = self._evaluate(stand_ins, ())
-        out, _ = _output(again, ())
-        for index, segment in mode.segments(out, gradients[0], set(needed)).items():
+        # The last layer's output is an end already, as every layer's is.
+        out = () if which == _LAST else ((_ends_of_loss(again)[which][0], gradients[0]),)
+        for index, segment in mode.segments(out, set(needed)).items():
             needed[index].segment = segment
 
 
-def _output(seen: Capture, layers: Sequence[Any]) -> tuple[GradientEdge, Tensor]:
-    """Return the tensor that the loss is a function of: where it is, and its values up to a constant in each row."""
-    candidates: list[tuple[GradientEdge, Tensor]] = []
+def _output(seen: Capture) -> tuple[str, GradientEdge, Tensor]:
+    """Return the tensor that the loss is a function of: which, where it is, its values up to a constant in each row."""
+    layers = [_edge(call).node for call in seen.layers]
+    last = seen.layers[-1]
+    candidates = _ends_of_loss(seen)
+    for which, edge in [*((which, edge) for which, (edge, _) in candidates.items()), (_LAST, _edge(last))]:
+        if not reaches_around(seen.loss.grad_fn, edge.node, layers):
+            # What a layer returned is not kept.
+            values = last.apply(last.weight, last.bias) if which == _LAST else candidates[which][1]
+            return which, edge, values.detach()
+    raise NotSeparableError(
+        "the loss is not a function of one output tensor alone; exact=True measures it all the same"
+    )
+
+
+def _ends_of_loss(seen: Capture) -> dict[str, tuple[GradientEdge, Tensor]]:
+    """Return what the loss may be a function of: what it was called with, and what the root returned."""
+    found: dict[str, tuple[GradientEdge, Tensor]] = {}
     edge = seen.loss_calls[0].edge if len(seen.loss_calls) == 1 else None
     if edge is not None:
         call = seen.loss_calls[0]
@@ -255,13 +272,10 @@ def _output(seen: Capture, layers: Sequence[Any]) -> tuple[GradientEdge, Tensor]
             node, number = edge.node.next_functions[0]
             assert node is not None
             edge = GradientEdge(node, number)
-        candidates.append((edge, call.input))
+        found["loss"] = edge, call.input
     if seen.output is not None and seen.output.requires_grad:
-        candidates.append((get_gradient_edge(seen.output), seen.output))
-    for edge, out in candidates:
-        if not reaches_around(seen.loss.grad_fn, edge.node, layers):
-            return edge, out
-    raise NotSeparableError("the loss is not a function of one output tensor alone")
+        found["root"] = get_gradient_edge(seen.output), seen.output
+    return found
 
 
 def _edge(call: LayerCall) -> GradientEdge:

@@ -143,7 +143,10 @@ def make_logger(pl: Any) -> Any:
 
 
 def run(namespace: str, case: Case, folder: Any, make_callback: Callable[[Any], Any]) -> dict[str, Any]:
-    """Run ``case`` with the callback that ``make_callback(pl)`` gives (None: without) and take everything down."""
+    """Run ``case`` with the callback, or list of them, that ``make_callback(pl)`` gives (None: without).
+
+    Takes everything down.
+    """
     pl = importlib.import_module(namespace)
     folder.mkdir()
     torch.manual_seed(0)
@@ -167,7 +170,7 @@ def run(namespace: str, case: Case, folder: Any, make_callback: Callable[[Any], 
             "max_epochs": 2,
             "accelerator": "cpu",
             "logger": logger,
-            "callbacks": [*own, *([callback] if callback is not None else [])],
+            "callbacks": [*own, *(callback if isinstance(callback, list) else [callback] if callback else [])],
             "log_every_n_steps": 1,
             "enable_checkpointing": any("Checkpoint" in type(c).__name__ for c in own),
             "enable_progress_bar": False,
@@ -185,7 +188,7 @@ def run(namespace: str, case: Case, folder: Any, make_callback: Callable[[Any], 
         module, callback = make_module(pl, case), make_callback(pl)
         trainer = trainer_for(callback, logger, max_epochs=4)
         trainer.fit(module, loader(), validation, ckpt_path=path)
-    ours = [row for row in logger.rows if any(key.startswith("eos/") for key in row[1])]
+    ours = [row for row in logger.rows if any(key.startswith(("eos/", "cfl/")) for key in row[1])]
     return {
         "callback": callback,
         "ours": ours,
