@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import memory, optimizers, overhead, peers, products, readings
+from tests.benchmarks import memory, optimizers, overhead, peers, products, readings, steps
 from tests.benchmarks.tables import Progress, Table, write
 
 SECTIONS: dict[str, Callable[[Progress], list[Table]]] = {
@@ -20,6 +20,7 @@ SECTIONS: dict[str, Callable[[Progress], list[Table]]] = {
     "readings": readings.measure,
     "peers": peers.measure,
     "memory": memory.measure,
+    "steps": steps.measure,
     "overhead": overhead.measure,
     "optimizers": optimizers.measure,
 }

@@ -72,16 +72,16 @@ def measure(progress: Progress) -> list[Table]:
             rows[place] += [f"{seconds[key] / seconds['torch']:.2f}" for key in (place, f"{place}, foreach")]
     # State and temporaries of the first steps, in copies of the parameters; SGD's own is one, the momentum.
     size = sum(p.numel() for p in resnet18().parameters()) * 4
-    base = _peak(optimizer(resnet18(), None, True).step)
+    base = peak(optimizer(resnet18(), None, True).step)
     for place, places in PLACES.items():
-        peaks = [_peak(optimizer(resnet18(), places, foreach).step) for foreach in (None, True)]
+        peaks = [peak(optimizer(resnet18(), places, foreach).step) for foreach in (None, True)]
         rows[place] += [f"{(peak - base) / size:.2f}" for peak in peaks]
     head = ["diffusion", *(f"{net}, {form}" for net in NETS for form in ("default", "foreach"))]
     head += ["memory, default", "memory, foreach"]
     return [Table("optimizers", head, [[place, *cells] for place, cells in rows.items()])]
 
 
-def _peak(step: Callable[[], object]) -> int:
+def peak(step: Callable[[], object]) -> int:
     """Most bytes held at once over three steps, by torch's own account of what it allocates and frees."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for _ in range(3):
