@@ -25,11 +25,12 @@ class Followed:
         before: What was followed before it.
 
     Attributes:
+        measurement: The measurement.
         direction: w = C x of the critical mode x, so that ⟨w, Δθ⟩ is the update along it; None without an edge ratio.
     """
 
     def __init__(self, measurement: Measurement | None, before: Followed | None = None) -> None:
-        self._measurement = measurement
+        self.measurement = measurement
         self.direction: Tensor | None = None
         self._averages: tuple[float, ...] | None = None
         self._factor = 1.0
@@ -47,16 +48,21 @@ class Followed:
         A scheduler that moves momentum or betas changes a little at each step, and the critical curvature has as many
         entries as there are parameters: it is read again when 1 − β has changed by 5 %.
         """
-        measurement = self._measurement
+        measurement = self.measurement
         if measurement is None or measurement.reading.edge_ratio is None or not measurement.reading.edge_ratio > 0.0:
             return None
         averages = _averages(optimizers)
         if self._averages is None:
             self._averages = averages
+        moved = averages != self._averages and any(
+            abs(now - then) > _MOVED * then for now, then in zip(averages, self._averages, strict=False)
+        )
+        if not moved and self._factor == 1.0:
+            return None
         scale = _lr_scale(measurement.reading.lr, learning_rates(optimizers))
         if scale is None:
             return None
-        if any(abs(now - then) > _MOVED * then for now, then in zip(averages, self._averages, strict=False)):
+        if moved:
             self._averages = averages
             unchanged: list[list[dict[str, Any]]] = [[{} for _ in o.param_groups] for o in optimizers]
             ratio = edge_ratio_at(measurement, optimizers, unchanged)
