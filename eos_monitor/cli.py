@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train a small net to the edge of stability, three times, and show it",
         description="Train a small net on scikit-learn's digits by full-batch gradient descent, by full-batch AdamW "
-        "and by minibatch SGD, and watch each climb to its own edge of stability. CPU, well under two minutes.",
+        "and by minibatch SGD, and watch each climb to its own edge of stability. CPU, about a minute.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--output", type=Path, default=Path("eos_demo"), metavar="DIR", help="folder for all files")
