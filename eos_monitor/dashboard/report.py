@@ -7,8 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+_FEW_CHANGES = 6
+
+
 def run_report(
-    rows: Sequence[Mapping[str, Any]], verdicts: Sequence[tuple[int, str]], overhead: float | None = None
+    rows: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[tuple[int, str]],
+    overhead: float | None = None,
+    *,
+    last_step: int | None = None,
+    reason: str | None = None,
 ) -> str:
     """Tell what was measured, from plain rows.
 
@@ -16,6 +24,8 @@ def run_report(
         rows: Readings, oldest first.
         verdicts: ``(step, verdict)``, one entry a change.
         overhead: Time spent as a share of the training time.
+        last_step: Step at which the run ended; by default that of the last reading.
+        reason: The last verdict in words.
     """
     if not rows:
         return "No reading was taken."
@@ -26,9 +36,8 @@ def run_report(
         lines.append(_edge_sentence(measured))
     else:
         lines.append("None of them has an edge ratio.")
-    changes = ", ".join(f"{verdict} from step {step}" for step, verdict in dict(verdicts).items())
-    if changes:
-        lines.append(f"Verdicts: {changes}.")
+    if verdicts:
+        lines.append(_verdict_sentence(list(dict(verdicts).items()), last_step or rows[-1]["step"], reason))
     if not all(row["full_batch"] for row in rows):
         lines.append(
             "Trained on minibatches: instability can come before an edge ratio of 1, so a small ratio does not say "
@@ -37,6 +46,23 @@ def run_report(
     lines.append(_cost_sentence(rows, overhead))
     notes = dict.fromkeys(note for row in rows for note in row["notes"])
     return "\n".join([*lines, *(f"Note: {note}." for note in notes)])
+
+
+def _verdict_sentence(changes: Sequence[tuple[int, str]], last_step: int, reason: str | None) -> str:
+    """Tell each change where they are few, and the share of the steps that each verdict had."""
+    steps = [step for step, _ in changes] + [max(last_step, changes[-1][0])]
+    held: dict[str, int] = {}
+    for (start, verdict), end in zip(changes, steps[1:], strict=True):
+        held[verdict] = held.get(verdict, 0) + end - start
+    if len(changes) <= _FEW_CHANGES:
+        sentence = "Verdicts: " + ", ".join(f"{verdict} from step {step}" for step, verdict in changes)
+    else:
+        sentence = f"The verdict changed {len(changes) - 1} times and ended as {changes[-1][1]}"
+    total = sum(held.values())
+    if len(held) > 1 and total:
+        shares = sorted(held.items(), key=lambda item: -item[1])
+        sentence += "; of the steps " + ", ".join(f"{n / total:.0%} {verdict}" for verdict, n in shares)
+    return sentence + (f". At the end: {reason}" if reason else ".")
 
 
 def _edge_sentence(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -103,6 +103,7 @@ class Engine:
         self.rows: list[dict[str, Any]] = []  # the readings as plain values, each with the verdict of its time
         self.verdicts: list[tuple[int, Verdict]] = []  # one entry a change
         self.run_id = uuid.uuid4().hex[:12]  # from the operating system, not from a generator of the run's
+        self.last_step: int | None = None  # that the detector has heard of
         self.changed: Callable[[Change], None] = _ignore  # called when the verdict or the advisory has changed
         self.ranks = Ranks()  # set before the first batch, and back after the last
         self._gauge = gauge
@@ -247,6 +248,7 @@ class Engine:
         detector = self.detector
         before, advisory = detector.verdict, detector.advisory
         verdict = detector.update(step, **inputs)
+        self.last_step = max(step, self.last_step or 0)
         if verdict != before or not self.verdicts:
             self.verdicts.append((step, verdict))
         if verdict != before:

@@ -202,9 +202,18 @@ def test_report_tells_the_climb() -> None:
         "4 readings, steps 0 to 30.",
         "Edge ratio 0.25 at step 0, 1.25 at step 30; highest 1.25 at step 30 (1 is the full-batch edge). At the end "
         "the edge was at lr 0.08.",
-        "Verdicts: STABLE from step 0, EDGE from step 20.",
+        "Verdicts: STABLE from step 0, EDGE from step 20; of the steps 67% STABLE, 33% EDGE.",
         "Cost: 1 s in readings, median 4 products each, 5.0% of the training time.",
     ]
+
+
+def test_report_of_a_restless_run_tells_shares_and_the_end() -> None:
+    changes = [(step, "EDGE" if i % 2 else "STABLE") for i, step in enumerate(range(0, 80, 10))]
+    text = run_report(CLIMB, changes, last_step=110, reason="The edge ratio hovers at 1: 1.02 now.")
+    assert (
+        "The verdict changed 7 times and ended as EDGE; of the steps 64% EDGE, 36% STABLE. "
+        "At the end: The edge ratio hovers at 1: 1.02 now." in text.splitlines()
+    )
 
 
 def test_report_without_readings() -> None:
