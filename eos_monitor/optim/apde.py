@@ -365,12 +365,12 @@ def _check(group: Mapping[str, Any]) -> None:
 @register_critical_curvature(APDE)
 def _lowest_over_modes(
     group: Mapping[str, Any], param: Tensor, state: Mapping[str, Any]
-) -> tuple[float, float, float] | None:
+) -> tuple[float, float, float] | str:
     """Nesterov's (2+2γ)/(1+2γ) at the reduced time step, the smallest over the modes of the Laplacian."""
     unit, momentum = reduced(1.0, group["momentum"], group["time_step_reduction"])  # the step uses unit · lr
     axes, beta = _diffusion(group, param.shape, momentum)
     highest = largest_eigenvalue(tuple(param.shape[i] for i in axes), group["boundary"]) if axes else 0.0
-    if beta * highest > (1 + momentum) * (1 + 1e-9):  # grows without any curvature
-        return None
+    if beta * highest > (1 + momentum) * (1 + 1e-9):
+        return "its diffusion lets the velocity grow without any curvature"
     threshold = (2 + 2 * momentum) / (1 + 2 * momentum) / unit
     return threshold / group["lr"] if group["lr"] > 0 else math.inf, group["weight_decay"], threshold

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from eos_monitor.optim.response import sgd_limit
 from eos_monitor.stability.thresholds import register_critical_curvature
 
 _O = TypeVar("_O", bound=Optimizer)
@@ -195,6 +196,5 @@ def _as_without_perturbation(
     group: Mapping[str, Any], param: Tensor, state: Mapping[str, Any]
 ) -> tuple[float, float, float]:
     """That of SGD: 2(1+γ) or, for Nesterov, (2+2γ)/(1+2γ)."""
-    momentum = group["momentum"]
-    threshold = 2 * (1 + momentum) / (1 + 2 * momentum if group["nesterov"] else 1)
-    return threshold / group["lr"] if group["lr"] > 0 else float("inf"), group["weight_decay"], threshold
+    limit = sgd_limit(group["lr"], group["momentum"], group["nesterov"])
+    return limit, group["weight_decay"], sgd_limit(1.0, group["momentum"], group["nesterov"])

@@ -408,7 +408,9 @@ def test_edge_where_the_hessian_commutes_with_the_laplacian(mode: int, share: fl
 
 def test_diffusion_that_grows_by_itself_has_no_threshold() -> None:
     (p,) = parameters([(8,)])
-    assert critical_curvature(APDE([p], 0.1, diffusion=1.1, allow_unstable=True)).c is None
+    growing = critical_curvature(APDE([p], 0.1, diffusion=1.1, allow_unstable=True))
+    assert growing.c is None
+    assert "velocity grow" in growing.without_threshold[0]
     # Above the paper's limit and below the exact one.
     (q,) = parameters([(4, 2, 3, 3)])
     curvature = critical_curvature(
