@@ -1,6 +1,7 @@
 """The docs name every public name, link to pages that exist, and their code runs."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,73 @@ def test_no_trace_page_has_every_row_and_none_failed() -> None:
         assert all(cell.strip() == "passed" for row in rows for cell in row[1:]), name
         assert len(rows) >= 40
     assert "failed" not in tables["distributed"]
+
+
+def _tables_of(page: str) -> dict[str, str]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return dict(re.findall(r"<!-- bench:(\w+) -->\n(.*?)\n<!-- end -->", text, re.S))
+
+
+def test_threshold_tables_are_what_the_rules_say() -> None:
+    """`python -m tests.stability.thresholds_page --formulas` writes them anew."""
+    from tests.stability.thresholds_page import formulas
+
+    page = _tables_of("thresholds.md")
+    for table in formulas():
+        assert page[table.name] == table.markdown(), table.name
+    rows = page["formulas"] + page["none"]
+    classes = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)]
+    for cls in {*classes} - {torch.optim.Optimizer}:
+        assert re.search(rf"\b{cls.__name__}\b", rows), cls
+
+
+def test_table_of_live_runs_has_every_run_in_use() -> None:
+    from tests.benchmarks.live_edges import BAND, CASES
+
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in _tables_of("thresholds.md")["live"].splitlines()
+    ]
+    assert [row[0] for row in rows[2:]] == list(CASES)
+    for row in rows[2:]:
+        case = CASES[row[0]]
+        assert row[1].split(", ")[0] == f"lr={case.lr}"
+        assert not case.banded or BAND[0] <= float(row[2].split()[0]) <= BAND[1], row[0]
+
+
+def test_code_of_the_thresholds_page_prints_what_the_page_says(capsys: Any) -> None:
+    from eos_monitor.stability.thresholds import _RULES
+
+    torch.manual_seed(0)
+    widths = (10, 32, 32, 3)
+    layers = [m for a, b in pairwise(widths) for m in (torch.nn.Linear(a, b), torch.nn.Tanh())]
+    net = torch.nn.Sequential(*layers[:-1]).double()
+    y = torch.arange(96) % 3
+    x = torch.randn(3, 10, dtype=torch.float64)[y] + 0.8 * torch.randn(96, 10, dtype=torch.float64)
+    text = (ROOT / "docs" / "thresholds.md").read_text(encoding="utf-8")
+    space: dict[str, Any] = {
+        "net": net,
+        "loss_fn": lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]),
+        "batches": [(x, y)],
+        "optimizer": torch.optim.SGD(net.parameters(), lr=4.0),
+    }
+    printed = []
+    try:
+        for block in re.findall(r"```python\n(.*?)```", text, re.S):
+            exec(block, space)
+            printed.append(capsys.readouterr().out)
+    finally:
+        _RULES.pop(space.get("QHM"), None)  # type: ignore[arg-type]
+    assert space["check"].agrees
+    assert space["sharp"].value > 0
+    assert space["along"] > 0
+    assert space["found"].converged
+
+    # Another machine has other times and rounding errors, and far above the edge these grow: of what follows the
+    # verdict only the words count.
+    def plain(output: str) -> list[str]:
+        verdict, *evidence = re.sub(r"off by [\d.e-]+", "", output).strip().splitlines()
+        return [verdict, *(re.sub(r"[\d.e+-]*\d", "#", line) for line in evidence)]
+
+    shown = re.findall(r"```text\n(.*?)```", text, re.S)
+    assert [plain(output) for output in printed if output] == [plain(output) for output in shown]
