@@ -228,8 +228,8 @@ def test_every_run_settles_at_its_edge(seed: int, tmp_path: Path) -> None:
     assert ratio is not None
     assert 1.95 <= sharpness <= 2.2
     assert 0.85 <= ratio <= 1.1
-    # Theory: within 25 % of 2/lr, here from below. Seven seeds lay in 0.81-0.91 when it was set, and the edge ratios
-    # of the probe, which reads λ_max some 1.2 times too high, in 0.60-0.66.
+    # Theory: within 25 % of 2/lr, here from below. Five seeds lay in 0.78-0.92 when it was set, and the edge ratios
+    # of the probe, which reads λ_max some 1.2 times too high, in 0.56-0.65.
     noisy = demo.minibatch_sgd
     batchwise, noisy_ratio = noisy.mean_batch_sharpness(600), noisy.mean("edge_ratio", 600)
     assert batchwise is not None
@@ -242,7 +242,7 @@ def test_every_run_settles_at_its_edge(seed: int, tmp_path: Path) -> None:
     for run in (demo.gradient_descent, demo.adamw):
         assert run.first_edge_ratio is not None
         assert run.first_edge_ratio < 0.7
-        assert run.rows[-1]["verdict"] == "EDGE"
+        assert run.rows[-1]["verdict"] in ("EDGE", "RESTRAINED")  # at the edge, steady or held back in its swings
         assert run.losses[-1][1] < 0.2 * run.losses[0][1]
 
 
