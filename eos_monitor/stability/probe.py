@@ -103,6 +103,7 @@ class StabilityProbe:
             self._engine.take_step,
             movements=True if projections is None and every_n_steps is not None else projections,
             max_overhead=max_overhead,
+            training_seconds=lambda: self._engine.schedule.training_seconds,
         )
         self._engine.schedule.begin(0)
 

@@ -15,7 +15,7 @@ from eos_monitor.curvature.hessian import SumOverRanks
 from eos_monitor.stability.attempts import Attempts
 from eos_monitor.stability.motion import Motion, movement
 
-_LOT = 64  # steps that wait for one another where reading a number has a price
+LOT = 64  # steps that wait for one another where reading a number has a price
 _RISE = 1.4  # of the learning rate, that is not kept waiting
 _TRIAL = 64  # steps after which the cost of following updates is known
 _SHARE = 0.25  # of the budget, that following updates may take
@@ -43,6 +43,7 @@ class Steps:
         take: What to hand it to.
         movements: Whether to follow the updates; None for if that costs less than a quarter of ``max_overhead``.
         max_overhead: Budget, as a share of the training time.
+        training_seconds: Clock of the training time, which stands still while a reading is taken.
         processes: Number of processes of a data-parallel run.
         sum_over_ranks: Sum over them.
         from_first: What the first of them has, on every one.
@@ -57,6 +58,7 @@ class Steps:
         *,
         movements: bool | None = None,
         max_overhead: float = 0.05,
+        training_seconds: Callable[[], float] = time.perf_counter,
         processes: int = 1,
         sum_over_ranks: SumOverRanks | None = None,
         from_first: Callable[[Any], Any] = lambda value: value,
@@ -75,7 +77,7 @@ class Steps:
         self._losses: list[Tensor] = []  # of the micro-batches so far
         self._movement: Tensor | None = None
         self._last_lr: tuple[float, ...] = ()
-        self._began = time.perf_counter()
+        self._training_seconds, self._began = training_seconds, training_seconds()
         self._spent = 0.0
         self._ended, self._last_ended = 0, -1
 
@@ -130,7 +132,7 @@ class Steps:
         self._movement = self._timed(lambda motion: motion.after())
         self._waiting.append(ended)
         self._ended += 1
-        if self._at_once or len(self._waiting) >= _LOT:
+        if self._at_once or len(self._waiting) >= LOT:
             self.flush()
         if self._on_trial and self._ended == _TRIAL:
             self._try()
@@ -185,7 +187,7 @@ class Steps:
 
     def _try(self) -> None:
         self._on_trial = False
-        share = self._spent / max(time.perf_counter() - self._began - self._spent, 1e-9)
+        share = self._spent / max(self._training_seconds() - self._began, 1e-9)
         if self._from_first(share > _SHARE * self._max_overhead) and self._motion is not None:
             self._motion = self._movement = None
             self._tell(

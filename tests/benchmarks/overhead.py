@@ -143,8 +143,8 @@ def _row(workload: Workload) -> tuple[list[str], list[str]]:
     apart = [
         f"{sum(hooks['on_fit_start']):.2f}",
         f"{readings[0].seconds:.2f}",
-        f"{median(reading.seconds for reading in readings[1:]):.3f}",
-        f"{median(reading.matvecs for reading in readings[1:]):.0f}",
+        f"{median(reading.seconds for reading in readings[1:]):.3f}" if readings[1:] else "–",
+        f"{median(reading.matvecs for reading in readings[1:]):.0f}" if readings[1:] else "–",
         f"{sum(hooks['on_train_end']):.2f}",
         f"{1e6 * sum(median(hooks[hook]) for hook in BATCH_HOOKS):.0f}",
     ]

@@ -150,3 +150,12 @@ def test_parameters_that_are_thawed_later_are_followed() -> None:
 )
 def test_kind_of_optimizers(build: Any, expected: tuple[str, float]) -> None:
     assert kind_of([build([a_parameter()])]) == dict(zip(("family", "momentum"), expected, strict=True))
+
+
+def test_time_that_readings_take_does_not_make_following_updates_look_cheap() -> None:
+    p, taken = a_parameter(), Taken()
+    # Next to the hours that pass on the clock of the training anything is cheap; where that stands still, nothing is.
+    for seconds, last in ((lambda: 0.0, 63), (iter(range(0, 10**6, 3600)).__next__, 69)):
+        taken.clear()
+        run(Steps([p], taken, training_seconds=seconds), p, 70)
+        assert max(step for step, _ in taken.of("relative_update")) == last
