@@ -18,14 +18,15 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Alert:
-    """A change of verdict, or an advisory beside it.
+    """A change of verdict, an advisory beside it, or an action.
 
     Attributes:
         step: Optimizer step.
         verdict: What the run is doing now.
         previous: What it was doing before.
         message: The change in plain words, with the numbers behind it and what to do.
-        advisory: ``"jump-risk"`` or ``"loss-excess"``; None for a change of verdict.
+        advisory: ``"jump-risk"`` or ``"loss-excess"``, or the name of an action that was taken; None for a change of
+            verdict.
     """
 
     step: int

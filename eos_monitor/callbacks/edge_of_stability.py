@@ -117,7 +117,7 @@ class EdgeOfStabilityMonitor(Callback):
             to a state from before, at half the learning rates) and ``"stop"`` (with ``"restore"``: if that cannot be).
         dry_run: Only say what would have been done: in the log, to the alerts, and in ``eos_actions.jsonl``.
         edge_target: Edge ratio at which ``"cap-lr"`` aims; None for nine tenths of where jumps of the kind were seen to
-            fail.
+            fail, and at most 1.
         lr_floor: Smallest factor that actions put on a learning rate, in (0, 1].
         action_cooldown: Steps until a capped learning rate may rise again.
         snapshot_every: Steps between the states that are kept, on the CPU, for ``"restore"``.
@@ -326,6 +326,7 @@ class EdgeOfStabilityMonitor(Callback):
             self._act(trainer, step)
             if self._engine.due(step):
                 self._pending = self._measure(trainer, pl_module, batch, step)
+            self._actions.keep(step, self._followed)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Read the learning rates that the step uses."""

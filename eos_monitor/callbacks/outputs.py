@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eos_monitor.alerts.alert import Alert
-from eos_monitor.alerts.sinks import Sink, sinks_of
+from eos_monitor.alerts.sinks import LogSink, Sink, sinks_of
 from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.dashboard.layout import custom_scalars_layout
 from eos_monitor.stability.engine import append_jsonl
@@ -55,13 +55,14 @@ class RunOutputs:
         *,
         silent: bool = False,
     ) -> None:
-        self._trainer, self._name, self._warn_once = trainer, name, warn_once
+        self._trainer, self.name, self._warn_once = trainer, name, warn_once
         self._silent = silent
         self._speaks = trainer.is_global_zero and not silent
         self._log = lightning_logger(trainer)
         # All ranks have to ask: log_dir broadcasts.
         folder = trainer.log_dir or trainer.default_root_dir
-        self.folder = None if trainer.fast_dev_run or not self._speaks else Path(folder)
+        self.shared_folder = None if trainer.fast_dev_run else Path(folder)  # on every rank
+        self.folder = self.shared_folder if self._speaks else None
         self._sinks = sinks_of(alerts, self._log, self.folder, self._experiments("alert")) if self._speaks else []
         self.throttle = throttle
 
@@ -77,7 +78,7 @@ class RunOutputs:
     def layout(self) -> None:
         """Write the custom-scalars layout to every TensorBoard logger."""
         for writer in self._experiments("add_custom_scalars"):
-            self._guard("layout", writer.add_custom_scalars, custom_scalars_layout(self._name))
+            self._guard("layout", writer.add_custom_scalars, custom_scalars_layout(self.name))
 
     def row(self, row: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Write the metrics of one reading to every logger, under its step, and its row to the file."""
@@ -87,11 +88,21 @@ class RunOutputs:
 
     def alert(self, alert: Alert) -> None:
         """Pass an alert to the sinks and to every logger that takes text."""
-        if not self._speaks or not self.throttle.passes(alert):
-            return
+        if self._speaks and self.throttle.passes(alert):
+            self._send(alert)
+
+    def action(self, alert: Alert, row: Mapping[str, Any]) -> None:
+        """Tell what was done: it is never held back, and is in the log even where alerts are not."""
+        if not any(isinstance(sink, LogSink) for sink in self._sinks):
+            self.say(alert.message)
+        if self._speaks:
+            self._send(alert)
+        self._guard("file", self._to_file, dict(row), "actions")
+
+    def _send(self, alert: Alert) -> None:
         for sink in self._sinks:
             self._guard("sink", sink, alert)
-        key = f"{self._name}/alerts"
+        key = f"{self.name}/alerts"
         for writer in self._experiments("add_text"):
             self._guard("text", writer.add_text, key, alert.message, alert.step)
         for logger in self._loggers:
@@ -136,8 +147,8 @@ class RunOutputs:
         except ImportError:
             self.say("no figure, because matplotlib is missing: pip install 'eos-monitor[plot]'")
             return None
-        path = self.folder / f"{self._name}_{what}.png"
-        self._guard("figure", self._save, figure, path, f"{self._name}/{what}")
+        path = self.folder / f"{self.name}_{what}.png"
+        self._guard("figure", self._save, figure, path, f"{self.name}/{what}")
         return path if path.exists() else None
 
     def _save(self, figure: Any, path: Path, tag: str) -> None:
@@ -148,10 +159,10 @@ class RunOutputs:
         for writer in self._experiments("add_image"):
             writer.add_image(tag, pixels_of(figure), self._trainer.global_step, dataformats="HWC")
 
-    def _to_file(self, row: dict[str, Any]) -> None:
+    def _to_file(self, row: dict[str, Any], kind: str = "readings") -> None:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            append_jsonl(self.folder / f"{self._name}_readings.jsonl", row)
+            append_jsonl(self.folder / f"{self.name}_{kind}.jsonl", row)
 
     def _experiments(self, method: str) -> list[Any]:
         """Experiments of the loggers that have ``method``; by name, because there are two packages."""

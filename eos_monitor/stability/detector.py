@@ -160,6 +160,11 @@ class InstabilityDetector:
         return losses.confirmed_at - losses.crossed_at
 
     @property
+    def out_since(self) -> int | None:
+        """Step since which the losses are above 3 × their median, confirmed or not; None while they are not."""
+        return self._losses.crossed_at
+
+    @property
     def steps_to_edge(self) -> float | None:
         """Steps until r = 1 at the present growth of the curvature and learning rate; None if it does not grow."""
         if self._edge.growth is None or self._ratio is None or not 0.0 < self._ratio < 1.0:

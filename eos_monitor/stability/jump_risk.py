@@ -41,6 +41,11 @@ def class_of(family: str, momentum: float, full_batch: bool) -> str:
     return "momentum, minibatches" if momentum >= 0.5 else "SGD, minibatches"
 
 
+def cut_of(kind: str) -> float:
+    """Return the edge ratio after a rise from which it is told, for a class of optimizers."""
+    return _CUTS[kind]
+
+
 class JumpRisk:
     """Watches for a rise of the learning rate by 1.4 or more within five steps, to a high edge ratio.
 
