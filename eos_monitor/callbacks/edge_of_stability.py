@@ -18,6 +18,7 @@ from eos_monitor.alerts.sinks import Sink, check_alerts
 from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.callbacks._compat import Callback
 from eos_monitor.callbacks.actions import Actions
+from eos_monitor.callbacks.clipping import clipped_edge_ratio
 from eos_monitor.callbacks.look_ahead import LookAhead
 from eos_monitor.callbacks.losses import resolve_loss
 from eos_monitor.callbacks.occasion import Occasion
@@ -70,6 +71,7 @@ class EdgeOfStabilityMonitor(Callback):
     ``eos/sharpness``             λ_max(H)
     ``eos/edge_scale``            factor on all learning rates at which the edge ratio would be 1
     ``eos/edge_lr[/<group>]``     learning rates at the full-batch edge
+    ``eos/edge_ratio_clipped``    edge ratio at the learning rate that clipping by the norm leaves (SGD family)
     ``eos/edge_ratio_next``       edge ratio at the settings that the scheduler will have made for the next step
     ``eos/batch_sharpness``       curvature along minibatch gradients: under SGD this, not λ_max, settles at 2/lr
     ``eos/directional_ratio``     uᵀHu / (−2 gᵀu) along the update, where an optimizer has no threshold
@@ -223,7 +225,14 @@ class EdgeOfStabilityMonitor(Callback):
     def report(self) -> str:
         """Tell the run in a few sentences."""
         changes = [(step, verdict.name) for step, verdict in self._engine.verdicts]
-        return run_report(self._engine.rows, changes, self._engine.schedule.overhead)
+        engine = self._engine
+        return run_report(
+            engine.rows,
+            changes,
+            engine.schedule.overhead,
+            last_step=engine.last_step,
+            reason=engine.detector.reason,
+        )
 
     @property
     def actions(self) -> list[dict[str, Any]]:
@@ -337,8 +346,10 @@ class EdgeOfStabilityMonitor(Callback):
             if self._pending is not None and self._finished is None:
                 settings = self._actions.ahead(self._ahead.after(1, self._batch_idx))
                 with self._actions.in_effect():
+                    reading = self._pending.at(trainer.optimizers)
                     self._finished = replace(
-                        self._pending.at(trainer.optimizers),
+                        reading,
+                        edge_ratio_clipped=clipped_edge_ratio(trainer, reading.edge_ratio),
                         edge_ratio_next=edge_ratio_at(self._pending, trainer.optimizers, settings),
                     )
                     for companion in self.companions:
@@ -535,6 +546,7 @@ class EdgeOfStabilityMonitor(Callback):
             self._take_step,
             movements=True if self._projections is None and exact else self._projections,
             max_overhead=engine.schedule.max_overhead,
+            training_seconds=lambda: engine.schedule.training_seconds,
             processes=engine.ranks.size,
             sum_over_ranks=engine.ranks.sum,
             from_first=engine.ranks.from_first,

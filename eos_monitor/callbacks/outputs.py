@@ -22,6 +22,7 @@ _SCALARS = (
     "edge_ratio",
     "error",
     "edge_scale",
+    "edge_ratio_clipped",
     "edge_ratio_next",
     "batch_sharpness",
     "directional_ratio",

@@ -18,7 +18,7 @@ def custom_scalars_layout(prefix: str = "eos") -> dict[str, dict[str, list[str |
 
     return {
         "Edge of stability": {
-            "edge ratio (1 is the full-batch edge)": lines("edge_ratio", "edge_ratio_next"),
+            "edge ratio (1 is the full-batch edge)": lines("edge_ratio", "edge_ratio_clipped", "edge_ratio_next"),
             "normalized sharpness and its threshold": lines("normalized_sharpness", "threshold"),
             "sharpness, and that along minibatch gradients": lines("sharpness", "batch_sharpness"),
             "directional ratio (optimizers without a threshold)": lines("directional_ratio"),

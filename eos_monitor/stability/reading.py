@@ -38,6 +38,7 @@ class StabilityReading:
         batch_sharpness_limits: Where it settles under SGD with momentum γ: 2(1 − γ)/η for small batches and 2(1 + γ)/η
             for large ones.
         directional_ratio: uᵀHu / (−2 gᵀu) along the update u: a state gauge, blind before an oscillation has built up.
+        edge_ratio_clipped: Edge ratio at the learning rate that gradient clipping leaves; under Lightning, SGD family.
         edge_ratio_next: Edge ratio at the settings that the scheduler will have set for the next step.
         full_batch: Whether the probe is all the data that a step uses.
         samples: Number of samples in the probe.
@@ -67,6 +68,7 @@ class StabilityReading:
     batch_sharpness_error: float | None = None
     batch_sharpness_limits: tuple[float, float] | None = None
     directional_ratio: float | None = None
+    edge_ratio_clipped: float | None = None
     edge_ratio_next: float | None = None
     full_batch: bool = False
     samples: int = 0

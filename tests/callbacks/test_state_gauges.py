@@ -39,10 +39,16 @@ class Regression(pl.LightningModule):
 
 
 def fit(
-    folder: Path, optimizers: Any, *, batch_size: int = BATCH, epochs: int = 2, **settings: Any
+    folder: Path,
+    optimizers: Any,
+    *,
+    batch_size: int = BATCH,
+    epochs: int = 2,
+    trainer: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> tuple[Any, EdgeOfStabilityMonitor, list[dict[str, Any]]]:
     monitor = EdgeOfStabilityMonitor(**{"every_n_steps": 1, "probe_samples": SAMPLES, "alerts": (), **settings})
-    trainer = pl.Trainer(
+    runner = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         callbacks=[monitor],
@@ -51,10 +57,10 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        accumulate_grad_batches=2,
+        **{"accumulate_grad_batches": 2, **(trainer or {})},
     )
     module = Regression(optimizers)
-    trainer.fit(module, DataLoader(data(), batch_size=batch_size))
+    runner.fit(module, DataLoader(data(), batch_size=batch_size))
     rows = [json.loads(line) for line in (folder / "eos_readings.jsonl").read_text().splitlines()]
     return module, monitor, rows
 
@@ -143,3 +149,33 @@ def test_a_scheduler_that_cannot_be_foreseen_is_told_once_and_harms_nothing(tmp_
     _, monitor, _ = fit(tmp_path, lambda m: scheduled(m, Secretive))
     assert all(reading.edge_ratio_next is None for reading in monitor.readings)
     assert all(reading.edge_ratio is not None for reading in monitor.readings)
+
+
+def test_clipping_gives_a_second_ratio(tmp_path: Path) -> None:
+    """The norm is that of the whole gradient: here of the mean over all 32 samples."""
+    clip = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 1}
+    module, monitor, rows = fit(tmp_path, sgd, batch_size=SAMPLES, epochs=3, trainer=clip)
+    x, y = (part.double() for part in data().tensors)
+    torch.manual_seed(1)
+    w = nn.Linear(5, 1, bias=False).weight.detach().double()
+    for reading in monitor.readings[:2]:
+        gradient = 2 / SAMPLES * (x @ w.T - y).T @ x
+        factor = min(1.0, 0.05 / float(gradient.norm()))
+        assert factor < 0.5
+        assert reading.edge_ratio_clipped == pytest.approx(factor * reading.edge_ratio, rel=1e-4)
+        w = w - 0.01 * factor * gradient
+    assert rows[0]["edge_ratio_clipped"] == monitor.readings[0].edge_ratio_clipped
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "clip"),
+    [
+        (sgd, {}),
+        (sgd, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}),
+        (lambda m: torch.optim.Adam(m.parameters()), {"gradient_clip_val": 0.05}),
+    ],
+    ids=["none", "by-value", "adam"],
+)
+def test_without_clipping_by_the_norm_of_sgd_there_is_none(tmp_path: Path, optimizers: Any, clip: Any) -> None:
+    _, monitor, _ = fit(tmp_path, optimizers, trainer=clip)
+    assert all(reading.edge_ratio_clipped is None for reading in monitor.readings)
