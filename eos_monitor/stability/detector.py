@@ -20,7 +20,7 @@ _WATCHED = 32  # steps beyond the edge before an instability is called restraine
 _RESTRAINED_FOR = 128  # steps without its signs until RESTRAINED is left
 _LOWER_AFTER = 16  # steps of a lower verdict until a higher one is left
 _NEAR, _AT = 0.1, 0.95
-_BATCH_LINE = 0.75  # batch sharpness marks the edge to within a quarter
+_BATCH_LINE, _BATCH_LINE_LEFT = 0.75, 0.65  # batch sharpness marks the edge to within a quarter
 _LEARN_FROM = 64  # steps without a reading until the run counts as unknown
 
 
@@ -68,7 +68,7 @@ class InstabilityDetector:
                      last 32 steps below half of those 64 to 128 steps ago
     ``EDGE``         the last r − 2σ > 1; or \|r − 1\| ≤ max(0.1, 2σ) in 3 of 5     16 steps of another
                      and (updates flip, or r ≥ 0.95); or, with plain SGD, batch
-                     sharpness ≥ 0.75 of its line
+                     sharpness ≥ 0.75 of its line (then down to 0.65)
     ``SHARPENING``   r + 2σ < 1 and curvature grows significantly                   16 steps of another
     ``STABLE``       full batch: r + 2σ < 1; minibatches: and batch sharpness       at once
                      + 2 errors < 0.75 of its small-batch line
@@ -342,10 +342,9 @@ class InstabilityDetector:
             return Verdict.STABLE, "The updates die out."
         if edge.beyond[-1]:
             return Verdict.EDGE, f"The edge ratio is {r:.2f}, above 1 by more than twice its error."
-        near = [e for e in edge.entries[-5:] if abs(e.ratio - 1.0) <= max(_NEAR, 2 * e.error)]
         if (
-            len(near) >= 3
-            and abs(r - 1.0) <= max(_NEAR, margin)
+            abs(r - 1.0) <= max(_NEAR, margin)
+            and sum(abs(e.ratio - 1.0) <= max(_NEAR, 2 * e.error) for e in edge.entries[-5:]) >= 3
             and (r >= _AT or (self.oscillation.flips or 0.0) > 0.5)
         ):
             return Verdict.EDGE, f"The edge ratio hovers at 1: {r:.2f} now."
@@ -363,9 +362,11 @@ class InstabilityDetector:
         if share is None:
             return Verdict.UNKNOWN, "With minibatches a small edge ratio proves nothing without batch sharpness."
         value, error = share
-        if upper < 1.0 and value + 2 * error < _BATCH_LINE:
+        # Once there, a little lower still counts: successive readings differ by some 10 %.
+        line = _BATCH_LINE_LEFT if self.verdict is Verdict.EDGE else _BATCH_LINE
+        if upper < 1.0 and value + 2 * error < line:
             return self._calm()
-        if self._momentum == 0.0 and value >= _BATCH_LINE:
+        if self._momentum == 0.0 and value >= line:
             return Verdict.EDGE, f"Batch sharpness is {value:.2f} of its line 2/lr, which marks the edge to a quarter."
         if self._momentum > 0.0:
             return Verdict.UNKNOWN, (

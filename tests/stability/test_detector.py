@@ -106,6 +106,14 @@ def test_edge_is_left_after_sixteen_steps() -> None:
     assert found == [EDGE] * 16 + [STABLE] * 5
 
 
+def test_edge_by_batch_sharpness_is_left_well_below_its_line() -> None:
+    """Twenty readings, one a step, so that the sixteen steps of any change are over."""
+    up = [batch(0.8)]
+    assert verdicts(*up, *[batch(0.7)] * 20)[-1] is EDGE
+    assert verdicts(*up, *[batch(0.6)] * 20)[-1] is STABLE
+    assert verdicts(*[batch(0.7)] * 20)[-1] is STABLE
+
+
 def test_edge_is_held_while_one_of_sixteen_steps_shows_it() -> None:
     found = verdicts(reading(1.2), *[*[reading(0.5)] * 14, reading(1.2)] * 2, *[reading(0.5)] * 3)
     assert set(found) == {EDGE}
