@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SETTINGS: dict[str, dict[str, Any]] = {
     "quickstart": {"max_epochs": 4},
     "compare_optimizers": {"seeds": 2, "epochs": 1},
+    "layerwise_cfl": {"steps": 32},
 }
 
 
@@ -46,3 +48,14 @@ def test_comparison_makes_its_table_and_picture(workplace: Path, capsys: pytest.
     assert table in capsys.readouterr().out
     assert "| Entropy-SGD |" in table
     assert (workplace / "compare_optimizers.png").stat().st_size > 10_000
+
+
+def test_layers_at_the_edge_are_ranked_and_drawn(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = run("layerwise_cfl")
+    told = capsys.readouterr().out
+    assert table in told
+    assert sorted(line.split()[0] for line in table.splitlines()) == ["conv1", "conv2", "conv3", "head"]
+    # The climb to the edge ends around step 28.
+    assert any(int(n) > 0 for n in re.findall(r"'head': (\d)", told))
+    folder = workplace / "lightning_logs" / "version_0"
+    assert {"cfl_readings.jsonl", "cfl_layers.png", "eos_readings.jsonl"} <= {path.name for path in folder.iterdir()}

@@ -86,6 +86,7 @@ class CFLMonitor(Companion):
     _count: int
     _refined_at: Verdict | None
     _measured_at: int
+    _to_tell: Change | None  # what the table is still to be told of
 
     def __init__(
         self,
@@ -232,18 +233,19 @@ class CFLMonitor(Companion):
         row = {"run": self._run_id, "step": step, "verdict": verdict.name, "layers": layers}
         self._rows.append(row)
         self._outputs.row(row, metrics)
+        if self._to_tell is not None and step > self._to_tell.step:
+            self._tell()
 
     def changed(self, change: Change) -> None:
-        """Tell the layers when the verdict goes beyond EDGE, as they were when they were last measured."""
-        if change.verdict > Verdict.EDGE >= change.previous and self._estimates:
-            table = layers_table([asdict(e) for e in self._estimates])
-            self._outputs.say(
-                f"step {change.step}: {change.verdict.name}; layers by their own limits, as of step "
-                f"{self._measured_at}:\n{table}"
-            )
+        """Tell the layers when the verdict goes beyond EDGE: at the next reading, whose numbers will be exact."""
+        if change.verdict > Verdict.EDGE >= change.previous:
+            self._to_tell = change
+            if change.verdict is Verdict.DIVERGING:  # there may be no other
+                self._tell()
 
     def finish(self, step: int) -> None:
         """Draw the heat map, and tell the crossings."""
+        self._tell()
         if not self._rows:
             return
         path = self._outputs.layers_figure(self._rows)
@@ -259,6 +261,19 @@ class CFLMonitor(Companion):
         self._estimates, self._rows, self._order = [], [], []
         self._measurement, self._fresh, self._count = None, False, 0
         self._refined_at, self._measured_at = None, 0
+        self._to_tell = None
+
+    def _tell(self) -> None:
+        change, self._to_tell = self._to_tell, None
+        if change is None or not self._estimates or self._measurement is None:
+            return
+        ratio = self._measurement.reading.edge_ratio
+        whole = "" if ratio is None else f"; the whole net at {ratio:.2f} of its"
+        table = layers_table([asdict(e) for e in self._estimates])
+        self._outputs.say(
+            f"{change.verdict.name} since step {change.step}. Layers by their own limits, as of step "
+            f"{self._measured_at}{whole}:\n{table}"
+        )
 
     def _position(self, layer: str) -> int:
         return self._order.index(layer) if layer in self._order else len(self._order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
+
+_DOUBLINGS = 3
+_REACH = 2.0**_DOUBLINGS  # of the colours, either side of the limit
+_TALLEST, _LABEL = 14.0, 0.15  # inches: the map, and what a legible name takes
 
 
 def layers_table(layers: Sequence[Mapping[str, Any]], most: int = 5) -> str:
@@ -39,7 +44,7 @@ def layers_figure(rows: Sequence[Row], title: str = "") -> Figure:
         ImportError: If matplotlib is missing.
     """
     import numpy as np
-    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(layer["layer"] for layer in _in_order(rows)))
@@ -51,29 +56,40 @@ def layers_figure(rows: Sequence[Row], title: str = "") -> Figure:
             if layer["method"] != "none" and layer[key] is not None:
                 values[names.index(layer["layer"]), column] = layer[key]
     shown = [i for i in range(len(names)) if not np.isnan(values[i]).all()]
-    figure = Figure(figsize=(9.0, 1.6 + 0.34 * max(len(shown), 5)), layout="constrained")
-    ax = figure.add_subplot()
     if not shown:
-        ax.text(0.5, 0.5, "no layer was attributed", ha="center", va="center")
-        ax.set_axis_off()
+        figure = Figure(figsize=(9.0, 2.0))
+        figure.text(0.5, 0.5, "no layer was attributed", ha="center", va="center")
         return figure
-    steps = [row["step"] for row in rows]
-    top = float(np.nanmax(values))
-    # White at the limit, so that what is beyond it stands out.
-    norm = TwoSlopeNorm(1.0, 0.0, max(2.0, top)) if by_number else None
+    height = min(0.34 * max(len(shown), 5), _TALLEST)
+    figure = Figure(figsize=(8.0 + 0.08 * max(len(names[i]) for i in shown), 1.2 + height), layout="constrained")
+    ax = figure.add_subplot(facecolor="0.85")  # what is not known stays grey
+    values = values[shown]
+    # The limit is white, and a factor is as far on either side of it: doubling matters at 0.1 as it does at 1.
     cells = ax.pcolormesh(
-        _edges(steps),
+        _edges([row["step"] for row in rows]),
         np.arange(len(shown) + 1),
-        values[shown],
+        np.clip(values, 1.0 / _REACH, None) if by_number else values,
         cmap="RdBu_r" if by_number else "viridis",
-        norm=norm,
+        norm=LogNorm(1.0 / _REACH, _REACH) if by_number else None,
     )
-    ax.set_yticks([i + 0.5 for i in range(len(shown))], [names[i] for i in shown])
+    if by_number:
+        over = np.argwhere(values > 1.0)  # false where nothing is known
+        ax.plot([rows[column]["step"] for _, column in over], over[:, 0] + 0.5, "k.", markersize=4)
+    every = math.ceil(_LABEL * len(shown) / height)
+    ax.set_yticks(
+        [i + 0.5 for i in range(0, len(shown), every)],
+        [names[i] for i in shown[::every]],
+        fontsize=10 if every == 1 else 8,
+    )
     ax.invert_yaxis()
     ax.set_xlabel("optimizer step")
     ax.set_title(title)
-    label = "CFL number (limit: 1)" if by_number else "curvature"
-    figure.colorbar(cells, ax=ax, label=label)
+    label = "CFL number (dots: beyond 1, the limit)" if by_number else "curvature"
+    bar = figure.colorbar(cells, ax=ax, label=label, extend="both" if by_number else "neither")
+    if by_number:
+        ticks = [2.0**i for i in range(-_DOUBLINGS, _DOUBLINGS + 1)]
+        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        bar.minorticks_off()
     return figure
 
 

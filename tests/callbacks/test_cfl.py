@@ -3,7 +3,10 @@
 import importlib
 import json
 import logging
+import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +21,8 @@ from torch import nn
 
 from eos_monitor import CFLMonitor, EdgeOfStabilityMonitor, Verdict, estimate_cfl
 from eos_monitor.cfl.gauge import CFLGauge
+from eos_monitor.stability.engine import Change, Engine
+from tests.callbacks import cfl_run
 from tests.callbacks.runs import NAMESPACES, Case, differences, make_logger, mlp, run
 
 pl = importlib.import_module("pytorch_lightning")
@@ -287,7 +292,7 @@ def test_first_reading_is_estimate_cfl_at_the_same_point(tmp_path: Path) -> None
 
 
 def test_loss_written_by_hand_on_a_part_of_the_module(tmp_path: Path) -> None:
-    """As in many a training_step: no forward of the module's own, no loss function of torch's; two bends to be cut at."""
+    """As in many a training_step: no forward of its own, no loss function of torch's; two bends to cut at."""
 
     def by_hand(net: Any, batch: Any) -> torch.Tensor:
         out = net(batch[0])
@@ -669,11 +674,59 @@ def test_ranked_table_when_the_verdict_goes_beyond_the_edge(attached: str, tmp_p
     callbacks = ATTACHED[attached]({"every_n_steps": 3})
     with pytest.warns(UserWarning, match="could not take a reading"):  # nothing is left to measure
         fit(Breaking(layered()), callbacks, tmp_path, max_epochs=8)
-    (table,) = [line for line in said if "layers by their own limits" in line]
+    (table,) = [line for line in said if "Layers by their own limits" in line]
     head, *lines = table.splitlines()
-    assert "DIVERGING" in head
-    assert "step 5" in head
-    assert "as of step 3" in head
+    assert "DIVERGING since step 5" in head
+    assert "as of step 3; the whole net at 0.0" in head
     assert len(lines) == 4
     numbers = [float(line.split(" at ")[1].split()[0]) for line in lines]
     assert numbers == sorted(numbers, reverse=True)
+
+
+def test_table_of_a_restrained_run_has_exact_numbers(tmp_path: Path, said: list[str], monkeypatch: Any) -> None:
+    """The reading that makes the verdict is one of the cheap ones; the next, after a change, is not."""
+    states = {3: Verdict.RESTRAINED, 4: Verdict.RESTRAINED}
+    # Which runs are restrained is the detector's matter, not this monitor's.
+    real = Engine._update
+
+    def update(engine: Engine, step: int, **inputs: Any) -> Verdict:
+        before = engine.detector.verdict
+        real(engine, step, **inputs)
+        engine.detector.verdict = states.get(step, Verdict.STABLE)
+        if engine.detector.verdict != before:
+            engine.changed(Change(step, engine.detector.verdict, before, None, "as told"))
+        return engine.detector.verdict
+
+    monkeypatch.setattr(Engine, "_update", update)
+    fit(Deep(layered(6)), [CFLMonitor(every_n_steps=1)], tmp_path, max_epochs=5)
+    (table,) = [line for line in said if "Layers by their own limits" in line]
+    assert "RESTRAINED since step 3. " in table
+    assert "as of step 4" in table
+    assert table.count("exact") == 3
+
+
+# ---------------------------------------------------------------- two processes
+
+
+def launch(attached: str, fault: str, folder: Path) -> list[dict[str, Any]]:
+    folder.mkdir()
+    script = Path(cfl_run.__file__)
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), attached, fault, str(folder)]
+    # A launch takes about 10 s; a hang is what the limit is there to end.
+    subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["none", "fails"])
+def test_the_first_of_two_processes_measures_and_writes(fault: str, tmp_path: Path) -> None:
+    """Also where it fails: that is no matter of the other's, which waits in the next step's reduction alone."""
+    without, found = launch("without", fault, tmp_path / "without"), launch("with", fault, tmp_path / "with")
+    for before, after in zip(without, found, strict=True):
+        assert differences(before["compared"], after["compared"]) == []
+    assert found[0]["readings"] == found[1]["readings"] == [2, 4, 6, 8, 10, 12]
+    assert found[0]["steps"] == (found[0]["readings"] if fault == "none" else [])
+    assert sorted(found[0]["layers"]) == (["net.0", "net.3"] if fault == "none" else [])
+    assert (found[1]["steps"], found[1]["layers"]) == ([], [])
+    assert (tmp_path / "with" / "cfl_layers.png").exists() == (fault == "none")
