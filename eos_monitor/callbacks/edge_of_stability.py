@@ -75,7 +75,7 @@ class EdgeOfStabilityMonitor(Callback):
     ``eos/edge_ratio_next``       edge ratio at the settings that the scheduler will have made for the next step
     ``eos/batch_sharpness``       curvature along minibatch gradients: under SGD this, not λ_max, settles at 2/lr
     ``eos/directional_ratio``     uᵀHu / (−2 gᵀu) along the update, where an optimizer has no threshold
-    ``eos/verdict``               −1 unknown, 0 warming up, 1 stable, 3 edge, 5 diverging
+    ``eos/verdict``               −1 unknown, 0 warming up, 1 stable, 2 sharpening, 3 edge, 4 restrained, 5 diverging
     ``eos/matvecs``               Hessian-vector products of the reading
     ``eos/overhead``              the monitor's share of the training time so far
     ``eos/lr_factor``             least factor that an action has put on a learning rate; only with actions

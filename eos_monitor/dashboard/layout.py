@@ -22,7 +22,7 @@ def custom_scalars_layout(prefix: str = "eos") -> dict[str, dict[str, list[str |
             "normalized sharpness and its threshold": lines("normalized_sharpness", "threshold"),
             "sharpness, and that along minibatch gradients": lines("sharpness", "batch_sharpness"),
             "directional ratio (optimizers without a threshold)": lines("directional_ratio"),
-            "verdict (1 stable, 3 edge, 5 diverging)": lines("verdict"),
+            "verdict (0 warming up, 1 stable, 2 sharpening, 3 edge, 4 restrained, 5 diverging)": lines("verdict"),
             "error of the edge ratio": lines("error"),
             "cost: products per reading": lines("matvecs"),
             "cost: share of the training time": lines("overhead"),

@@ -74,7 +74,7 @@ class Write(pl.Callback):
             ]
             # A reading before step n measures what step n − 1 left.
             result["weights at the readings"] = [self.weights[r.step - 1] for r in self.monitor.readings]
-            result["verdict"] = int(self.monitor.verdict)
+            result["verdict"] = [(step, int(verdict)) for step, verdict in self.monitor._engine.verdicts]
         torch.save(result, self.folder / f"rank{trainer.global_rank}.pt")
 
 
