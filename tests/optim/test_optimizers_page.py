@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from eos_monitor import critical_curvature, optim
 from eos_monitor.lab.compare_optimizers import METHODS
 
-TEXT = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
 
 
 def table(name: str) -> list[list[str]]:
@@ -104,6 +105,14 @@ def test_loop_over_processes(one_process: None) -> None:
     before = [p.detach().clone() for p in names["net"].parameters()]
     exec(blocks()[4], names)
     assert all(not torch.equal(p, q) for p, q in zip(names["net"].parameters(), before, strict=True))
+
+
+def test_readme_shows_a_group_that_diffuses() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "APDE" in b]
+    names = space()
+    exec(block, names)
+    assert [group["diffusion"] for group in names["optimizer"].param_groups] == [0.95, 0.0]
 
 
 # No symbols of the papers, but torch's or Python's.
