@@ -82,9 +82,9 @@ def layers_figure(rows: Sequence[Row], title: str = "") -> Figure:
         fontsize=10 if every == 1 else 8,
     )
     ax.invert_yaxis()
-    ax.set_xlabel("optimizer step")
+    ax.set_xlabel("optimizer step (white: the limit, 1; dots: beyond it)" if by_number else "optimizer step")
     ax.set_title(title)
-    label = "CFL number (dots: beyond 1, the limit)" if by_number else "curvature"
+    label = "CFL number" if by_number else "curvature"
     bar = figure.colorbar(cells, ax=ax, label=label, extend="both" if by_number else "neither")
     if by_number:
         ticks = [2.0**i for i in range(-_DOUBLINGS, _DOUBLINGS + 1)]

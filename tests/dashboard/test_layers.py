@@ -58,7 +58,8 @@ def test_layers_are_in_the_order_of_the_net_and_steps_in_that_of_the_run() -> No
     assert labels(figure) == ["conv0", "conv1", "conv2"]
     assert axes.yaxis_inverted()  # the first layer on top
     np.testing.assert_allclose(cells(figure).get_array(), [[0.2, 0.4, 0.5], [0.3, 0.9, 1.3], [0.15, 0.2, 0.2]])
-    assert (axes.get_xlabel(), axes.get_title()) == ("optimizer step", "a run")
+    assert axes.get_xlabel().startswith("optimizer step")
+    assert axes.get_title() == "a run"
 
 
 def test_limit_is_white_and_both_sides_are_as_far_as_their_factor() -> None:
@@ -85,7 +86,7 @@ def test_cells_beyond_the_limit_have_dots() -> None:
 def test_colour_bar_has_the_limit_among_its_ticks() -> None:
     bar = layers_figure(CLIMB).axes[1]
     assert [text.get_text() for text in bar.get_yticklabels()] == ["0.125", "0.25", "0.5", "1", "2", "4", "8"]
-    assert bar.get_ylabel() == "CFL number (dots: beyond 1, the limit)"
+    assert bar.get_ylabel() == "CFL number"
 
 
 def test_columns_meet_halfway_between_readings() -> None:
