@@ -54,7 +54,7 @@ class Actions:
     ) -> None:
         if isinstance(names, str) or not set(names) <= set(NAMES):
             raise ValueError(f"Expected `actions` to be a sequence of {NAMES}, got {names!r}.")
-        self._names, self.dry_run = frozenset(names), dry_run
+        self.names, self.dry_run = frozenset(names), dry_run
         self._governor = LrGovernor(target, floor, cooldown)
         self._every = snapshot_every
         self._snapshots = Snapshots(snapshot_every)
@@ -98,7 +98,7 @@ class Actions:
 
     def begin(self, trainer: Any, pl_module: Any, engine: Engine, outputs: RunOutputs) -> None:
         """Start to follow a fit."""
-        self._active = bool(self._names)
+        self._active = bool(self.names)
         if not self._active:
             return
         self._trainer, self._module, self._engine, self._outputs = trainer, pl_module, engine, outputs
@@ -125,7 +125,7 @@ class Actions:
         diverged = change.advisory is None and change.verdict is Verdict.DIVERGING
         if diverged:
             self._diverged = change
-        if "checkpoint" in self._names and (diverged or change.advisory == "jump-risk"):
+        if "checkpoint" in self.names and (diverged or change.advisory == "jump-risk"):
             self._save = (change.step, "diverging" if diverged else "jump-risk")
 
     def before_step(self, step: int, followed: Followed) -> Followed:
@@ -143,7 +143,7 @@ class Actions:
 
     def keep(self, step: int, followed: Followed) -> None:
         """Keep a state to go back to if that is due; after the reading of ``step``, if there is one."""
-        if not self._acting or "restore" not in self._names or self.dry_run:
+        if not self._acting or "restore" not in self.names or self.dry_run:
             return
         out = self._engine.detector.out_since is not None or self._engine.verdict is Verdict.DIVERGING
         if not out and self._snapshots.due(step):
@@ -159,7 +159,7 @@ class Actions:
 
     def before_update(self, step: int, followed: Followed) -> None:
         """Decide on the learning rates of the update of ``step``; to be called once a step."""
-        if self._acting and self._names & {"cap-lr", "restore"}:
+        if self._acting and self.names & {"cap-lr", "restore"}:
             self._attempts.run(lambda: self._govern(step, followed))
 
     def now(self, optimizer: Any) -> None:
@@ -185,7 +185,7 @@ class Actions:
     def _govern(self, step: int, followed: Followed) -> None:
         optimizers = self._trainer.optimizers
         rates = learning_rates(optimizers)
-        if "cap-lr" in self._names:
+        if "cap-lr" in self.names:
             plain, exact = self._governor.ratio(rates), followed.edge_ratio(optimizers)
             correction = 1.0 if exact is None or plain is None else exact / plain
             cap = self._governor.decide(step, rates, correction)
@@ -224,7 +224,7 @@ class Actions:
     def _answer(self, step: int, change: Change) -> Followed | None:
         """Go back to before the excursion, or stop."""
         began = change.step - (self._engine.detector.lateness or 0)
-        if "restore" in self._names:
+        if "restore" in self.names:
             if self.dry_run:
                 self._tell(step, "restore", f"would have gone back to a state from before step {began}", to_step=None)
             elif self._governor.exhausted:
@@ -234,7 +234,7 @@ class Actions:
                 if self._everywhere(snapshot is not None) and snapshot is not None:
                     return self._restore(step, snapshot)
                 self._tell(step, "restore", f"did not go back: no state from before step {began} is kept", to_step=None)
-        if "stop" in self._names:
+        if "stop" in self.names:
             self._tell(step, "stop", "would have stopped the run" if self.dry_run else "stopped the run")
             if not self.dry_run:
                 self._trainer.should_stop = True

@@ -47,6 +47,7 @@ from eos_monitor.stability.thresholds import learning_rates
 if TYPE_CHECKING:
     from eos_monitor.callbacks.companion import Companion
 
+_LOT = 16  # steps that are judged together where the budget sets the cadence
 _LOSS_POINTS = 4000  # kept for the figure; thinned out beyond
 
 
@@ -390,6 +391,8 @@ class EdgeOfStabilityMonitor(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Draw the figure of what there is."""
         if self._active:
+            if self._engine.ranks.size == 1 and "_steps" in vars(self):  # other processes may be gone
+                self._steps.flush()
             self._finish(_step(trainer))
 
     # ------------------------------------------------------------------ inside
@@ -547,6 +550,7 @@ class EdgeOfStabilityMonitor(Callback):
             movements=True if self._projections is None and exact else self._projections,
             max_overhead=engine.schedule.max_overhead,
             training_seconds=lambda: engine.schedule.training_seconds,
+            lot=1 if exact or self._actions.names else _LOT,
             processes=engine.ranks.size,
             sum_over_ranks=engine.ranks.sum,
             from_first=engine.ranks.from_first,

@@ -33,10 +33,11 @@ class _Step:
 
 
 class Steps:
-    """Hands on what each step brings, at once on the CPU and in lots elsewhere.
+    """Hands on what each step brings, at once on the CPU unless told otherwise, and in lots elsewhere.
 
     On an accelerator every number that is read waits for it, and over several processes the loss of a step is a mean
-    that takes a collective call: there 64 steps are handed on together, sooner where the learning rate rises fast.
+    that takes a collective call: there 64 steps are handed on together. Sooner where the learning rate rises fast and,
+    on the CPU, where a loss is not finite.
 
     Args:
         params: Parameters, in the order of all vectors.
@@ -44,6 +45,8 @@ class Steps:
         movements: Whether to follow the updates; None for if that costs less than a quarter of ``max_overhead``.
         max_overhead: Budget, as a share of the training time.
         training_seconds: Clock of the training time, which stands still while a reading is taken.
+        lot: Steps that are handed on together on the CPU: one after the other, with training in between, each costs two
+            to three times as much.
         processes: Number of processes of a data-parallel run.
         sum_over_ranks: Sum over them.
         from_first: What the first of them has, on every one.
@@ -59,6 +62,7 @@ class Steps:
         movements: bool | None = None,
         max_overhead: float = 0.05,
         training_seconds: Callable[[], float] = time.perf_counter,
+        lot: int = 1,
         processes: int = 1,
         sum_over_ranks: SumOverRanks | None = None,
         from_first: Callable[[Any], Any] = lambda value: value,
@@ -71,7 +75,8 @@ class Steps:
         self._params, self._seed = list(params), seed
         self._motion = Motion(params, seed) if movements is not False and params else None
         self._on_trial, self._max_overhead = movements is None, max_overhead
-        self._at_once = processes == 1 and all(p.device.type == "cpu" for p in params)
+        self._cheap = processes == 1 and all(p.device.type == "cpu" for p in params)
+        self._lot = lot if self._cheap else LOT
         self._waiting: list[_Step] = []
         self._open: _Step | None = None
         self._losses: list[Tensor] = []  # of the micro-batches so far
@@ -101,7 +106,9 @@ class Steps:
         self._open = _Step(step, self._attempt(settings) or {}, movement=self._movement)
         self._movement = None
         self._timed(lambda motion: motion.before())
-        if self._at_once or self._rises(self._open.settings):
+        before = self._last_lr
+        # A learning rate that stays can wait for the loss of the step.
+        if self._rises(self._open.settings) or (self._lot == 1 and self._last_lr != before):
             self.flush()
             self._hand_on(self._open)
             self._open = _Step(step)
@@ -116,8 +123,9 @@ class Steps:
         """
         value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64)
         self._losses.append(value if factor == 1.0 else value * factor)
-        if whole and self._at_once and self._open is not None:
+        if whole and self._lot == 1 and self._open is not None:
             self._hand_on(self._open, float(self._losses.pop()))
+            self._open = _Step(self._open.step)
 
     def end(self, step: int) -> None:
         """Say that ``step`` is over; further calls do nothing."""
@@ -132,7 +140,8 @@ class Steps:
         self._movement = self._timed(lambda motion: motion.after())
         self._waiting.append(ended)
         self._ended += 1
-        if self._at_once or len(self._waiting) >= LOT:
+        lost = self._cheap and ended.loss is not None and not math.isfinite(float(ended.loss))
+        if lost or len(self._waiting) >= self._lot:
             self.flush()
         if self._on_trial and self._ended == _TRIAL:
             self._try()
@@ -154,6 +163,8 @@ class Steps:
         inputs = dict(step.settings) | ({} if moved is None else movement(moved)._asdict())
         if loss is not None:
             inputs["loss"] = loss
+        if not inputs and self._cheap:
+            return  # all of it was handed on before
         self._attempt(lambda: self._take(step.step, **inputs))
 
     def _timed(self, action: Callable[[Motion], Tensor | None]) -> Tensor | None:

@@ -1,5 +1,6 @@
 """What reaches the detector, and in which order."""
 
+import math
 from typing import Any
 
 import pytest
@@ -52,8 +53,8 @@ def test_everything_arrives_at_once_on_one_processor() -> None:
     assert taken.of("projection") == [(1, pytest.approx(-2.0)), (2, pytest.approx(-1.0))]
     assert [step for step, _ in taken.of("relative_update")] == [1, 2]
     assert taken.of("relative_update")[0][1] == pytest.approx(1.0)
-    # Settings are known before the loss of the same step.
-    assert ["lr" in inputs for _, inputs in taken] == [True, False] * 3
+    # New settings are handed on before the loss of the same step, old ones with it.
+    assert [sorted(inputs.keys() & {"lr", "loss"}) for _, inputs in taken] == [["lr"], ["loss"], *[["loss", "lr"]] * 2]
 
 
 def test_losses_of_micro_batches_are_averaged() -> None:
@@ -86,6 +87,32 @@ def test_a_rise_that_is_foreseen_does_not_wait_either() -> None:
     steps = Steps([p], taken, movements=False, **several())
     steps.begin(0, lambda: {"lr": (0.1,), "lr_ahead": 0.2})
     assert taken.of("lr_ahead") == [(0, 0.2)]
+
+
+def test_lots_on_the_cpu_wait_and_a_loss_that_is_not_finite_does_not() -> None:
+    p, taken = a_parameter(), Taken()
+    steps = Steps([p], taken, movements=True, lot=8)
+    run(steps, p, 7)
+    assert not taken
+    steps.loss(torch.tensor(math.nan))
+    steps.begin(7, dict)
+    steps.end(7)
+    assert [step for step, _ in taken.of("loss")][:7] == list(range(7))
+    run(Steps([p], taken, movements=False, lot=8), p, 4, lr=lambda step: 0.5 if step == 3 else 0.1)
+    assert taken.of("lr")[-1] == (3, (0.5,))
+
+
+def test_a_whole_loss_is_handed_on_once() -> None:
+    taken, p = Taken(), a_parameter()
+    steps = Steps([p], taken, movements=False)
+    for step in range(3):
+        steps.end(step - 1)
+        steps.begin(step, lambda: {"lr": (0.1,)})
+        steps.loss(float(step), whole=True)
+        assert taken.of("loss")[-1] == (step, float(step))
+    steps.end(2)
+    assert len(taken.of("loss")) == 3
+    assert len(taken) == 4  # the first learning rate came alone
 
 
 def test_a_process_without_a_loss_keeps_the_count() -> None:
@@ -130,6 +157,7 @@ def test_parameters_that_are_thawed_later_are_followed() -> None:
         q.add_(1.0)
     steps.end(2)
     steps.begin(3, dict)
+    steps.end(3)
     assert taken.of("projection")[-1] == (3, pytest.approx(4.0))
 
 
