@@ -15,7 +15,7 @@ from eos_monitor.stability.jump_risk import JumpRisk, class_of, cut_of
 from eos_monitor.stability.reading import Measurement
 from eos_monitor.stability.steps import kind_of
 
-_BELOW_CUT = 0.9
+_OF_CUT = 0.5
 _BACK_OFF = 0.5
 
 
@@ -42,9 +42,10 @@ class LrGovernor:
     """Decides by how much the scheduled learning rates are to be multiplied at each step; changes nothing itself.
 
     A rise of a group's scheduled learning rate that :class:`JumpRisk` calls a risk puts that group under a cap: from
-    that very step on its factor keeps the edge ratio at ``target``. After ``cooldown`` steps the factor may grow again,
-    to twice its size in as many, as long as the ratio stays below; at 1 the cap is gone. :meth:`lower` sets a ceiling
-    on the factors of all groups, which stays.
+    that very step on its factor keeps the edge ratio at ``target``. For ``cooldown`` steps the learning rate in use
+    does not rise, and then it at most doubles in as many, as long as the ratio stays below; once it is the schedule's
+    again the cap is gone. :meth:`lower` sets a ceiling on the factors of all groups, which stays, and from then on all
+    are capped, however slowly the ratio rises.
 
     With w_g the share of group g in xᵀ C x, x the critical mode of the last reading and l_g the learning rates as
     multiples of those of the reading, r(f) = r / Σ w_g / (l_g f_g): exact where all factors are equal and c ∝ 1/lr,
@@ -71,6 +72,7 @@ class LrGovernor:
         self._jumps: list[JumpRisk] = []
         self._caps: list[float | None] = []  # of each group; None without one
         self._ceiling = 1.0
+        self._used: list[float] = []  # learning rates of the last step
         self._at: int | None = None  # step of the last event
         self._ratio: float | None = None  # of the last reading, at _rates
         self._rates: tuple[float, ...] = ()
@@ -129,23 +131,19 @@ class LrGovernor:
             if jump.ratio is not None and jump.ratio != known and self._caps[g] is None:
                 risen.append(g)
                 self._caps[g] = 1.0
-        if scheduled is None:
-            return None  # nothing is known: what was decided stays
         if risen:
             self._at = step
-        elif self._at is not None and step - self._at >= self._cooldown:
-            growth = 2.0 ** (1.0 / self._cooldown)
-            self._caps = [None if cap is None else cap * growth for cap in self._caps]
-        target = self._aim()
-        for _ in range(3):  # once is enough where one group has all of the mode
-            found = self._ratio_at(rates, self.factors, correction)
-            if found is None or found <= target or not any(self._caps):
-                break
-            self._caps = [None if cap is None else max(self._floor, cap * target / found) for cap in self._caps]
+        self._caps = [
+            cap if g in risen else self._slowly(step, g, rate)
+            for g, (cap, rate) in enumerate(zip(self._caps, rates, strict=True))
+        ]
+        self._lower_to_target(rates, correction)
+        self._used = [rate * factor for rate, factor in zip(rates, self.factors, strict=True)]
         if not risen:
-            self._caps = [None if cap is not None and cap >= 1.0 else cap for cap in self._caps]
+            full = 1.0 if self._ceiling < 1.0 else None
+            self._caps = [full if cap is not None and cap >= 1.0 else cap for cap in self._caps]
             return None
-        return self._cap(risen, rates, scheduled, target)
+        return self._cap(risen, rates, scheduled, self._aim())
 
     def lower(self, step: int, rates: Sequence[float], caps: Sequence[float | None] = ()) -> Cap:
         """Lower all learning rates for good: to half, and to the target where a ratio is known.
@@ -155,23 +153,25 @@ class LrGovernor:
             rates: Scheduled learning rate of each group.
             caps: :attr:`caps` of the state that the run goes back to: those since have followed what went wrong.
         """
-        self._caps = list(caps) if len(caps) == len(rates) else [None] * len(rates)
+        self._caps = [1.0 if cap is None else cap for cap in (caps if len(caps) == len(rates) else [None] * len(rates))]
         found = self._ratio_at(rates, self.factors, 1.0)
         target = None if found is None else self._aim()
         enough = 1.0 if found is None or target is None else target / found
         self._ceiling = max(self._floor, min(self.factors, default=1.0) * min(_BACK_OFF, enough))
-        self._at = step
+        self._at, self._used = step, []
         return self._cap(range(len(rates)), rates, self.ratio(rates), target)
 
     def release(self) -> None:
         """Take all caps and the ceiling back."""
         self._caps, self._ceiling, self._at = [None] * len(self._caps), 1.0, None
+        self._used = []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, without the reading, as plain Python values."""
         return {
             "caps": list(self._caps),
             "ceiling": self._ceiling,
+            "used": list(self._used),
             "at": self._at,
             "jumps": [jump.state_dict() for jump in self._jumps],
         }
@@ -179,22 +179,47 @@ class LrGovernor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._caps, self._ceiling, self._at = list(state["caps"]), state["ceiling"], state["at"]
+        self._used = list(state["used"])
         self._jumps = [JumpRisk() for _ in state["jumps"]]
         for jump, saved in zip(self._jumps, state["jumps"], strict=True):
             jump.load_state_dict(saved)
 
+    def _slowly(self, step: int, g: int, rate: float) -> float | None:
+        """Return a cap at which the learning rate that is used stays for a cooldown, and then doubles in each."""
+        cap = self._caps[g]
+        if cap is None or g >= len(self._used) or rate <= 0.0:
+            return cap
+        waiting = self._at is not None and step - self._at < self._cooldown
+        return self._used[g] * (1.0 if waiting else 2.0 ** (1.0 / self._cooldown)) / rate
+
     def _aim(self) -> float:
-        return min(1.0, _BELOW_CUT * cut_of(self._kind)) if self._target is None else self._target
+        return min(1.0, _OF_CUT * cut_of(self._kind)) if self._target is None else self._target
+
+    def _lower_to_target(self, rates: Sequence[float], correction: float) -> None:
+        """Lower the capped groups together, until the edge ratio is the target."""
+        terms = self._terms(rates, self.factors)
+        if self._ratio is None or not terms:
+            return
+        capped = sum(term for term, cap in zip(terms, self._caps, strict=True) if cap is not None)
+        needed = correction * self._ratio / self._aim() - (sum(terms) - capped)
+        if 0.0 < capped < needed:
+            factor = capped / needed
+            self._caps = [
+                None if cap is None else max(self._floor, min(cap, self._ceiling) * factor) for cap in self._caps
+            ]
 
     def _ratio_at(self, rates: Sequence[float], factors: Sequence[float], correction: float) -> float | None:
-        if self._ratio is None or len(rates) != len(self._rates) or len(rates) != len(self._shares):
-            return None
-        terms = [
-            share * before / (rate * factor) if rate * factor > 0.0 else math.inf
+        terms = self._terms(rates, factors)
+        return correction * self._ratio / sum(terms) if terms and self._ratio is not None else None
+
+    def _terms(self, rates: Sequence[float], factors: Sequence[float]) -> list[float]:
+        """Return w / (l f) of each group; nothing where the reading does not fit."""
+        if self._ratio is None or not len(rates) == len(self._rates) == len(self._shares) == len(factors):
+            return []
+        return [
+            0.0 if share == 0.0 else share * before / (rate * factor) if rate * factor > 0.0 else math.inf
             for share, before, rate, factor in zip(self._shares, self._rates, rates, factors, strict=True)
-            if share > 0.0
         ]
-        return correction * self._ratio / sum(terms) if terms else None
 
     def _cap(self, groups: Sequence[int], rates: Sequence[float], ratio: float | None, target: float | None) -> Cap:
         after = tuple(rate * factor for rate, factor in zip(rates, self.factors, strict=True))

@@ -133,9 +133,9 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.where(wrong, torch.randint(CLASSES, (SAMPLES,), generator=g), y)
 
 
-def loop(run: Run, lr: float, *, scheduled: bool) -> list[float]:
+def loop(run: Run, lr: float, *, scheduled: bool, seed: int = 0) -> list[float]:
     """Train without Lightning and without the monitor; return the losses."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     net, (x, y) = run.net(), data()
     optimizer = run.optimizer(net.parameters(), lr)
     scheduler = run.schedule(optimizer) if scheduled and run.schedule is not None else None
@@ -154,14 +154,14 @@ def loop(run: Run, lr: float, *, scheduled: bool) -> list[float]:
     return losses
 
 
-def fit(run: Run, folder: Path, **settings: Any) -> tuple[list[float], EdgeOfStabilityMonitor, Any]:
+def fit(run: Run, folder: Path, seed: int = 0, **settings: Any) -> tuple[list[float], EdgeOfStabilityMonitor, Any]:
     """Train with Lightning and the monitor; return losses, monitor and Trainer."""
     losses: list[float] = []
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             self.net = run.net()
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -213,10 +213,10 @@ def fails(losses: list[float]) -> bool:
     )
 
 
-def best(run: Run) -> float:
+def best(run: Run, seed: int = 0) -> float:
     """Final loss at the best of a grid of fixed learning rates."""
     top = max(_rates(run))
-    return min(final(loop(run, factor * top, scheduled=False)) for factor in GRID)
+    return min(final(loop(run, factor * top, scheduled=False, seed=seed)) for factor in GRID)
 
 
 def _rates(run: Run) -> list[float]:
