@@ -370,7 +370,7 @@ class HessianOperator:
         finite: bool = True,
     ) -> Tensor:
         parameters = dict(zip(self._params, points, strict=True))
-        with Widened() if dtype == torch.float64 else nullcontext():
+        with Widened(self.dtype) if dtype == torch.float64 else nullcontext():
             loss = self._sandbox.evaluate(self._loss_fn, batch, parameters, stream=stream, dtype=dtype)
         return check_loss(loss, finite=finite)
 

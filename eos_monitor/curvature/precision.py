@@ -8,17 +8,38 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+# Draws whose numbers depend on the precision that they are drawn in; dropout's do not.
+_LIKE, _ANEW, _IN_PLACE = ("randn_like", "rand_like"), ("randn", "rand", "normal"), ("normal_", "uniform_")
+
 
 class Widened(TorchFunctionMode):
     """Makes every conversion to a shorter floating-point type one to double precision.
 
-    A ``logits.float()`` in the loss would round away the small steps of the self-check.
+    A ``logits.float()`` in the loss would round away the small steps of the self-check. Random numbers are those of the
+    usual precision, widened: a loss with other noise is another loss.
+
+    Args:
+        usual: Precision that the loss is evaluated in otherwise.
     """
 
+    def __init__(self, usual: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self._usual = usual
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in (*_LIKE, *_ANEW, *_IN_PLACE):
+            drawn = func(*map(self._narrow, args), **{key: self._narrow(value) for key, value in kwargs.items()})
+            return args[0].copy_(drawn) if name in _IN_PLACE else drawn.double()
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             func = Tensor.double
-        return func(*map(_widen, args), **{key: _widen(value) for key, value in (kwargs or {}).items()})
+        return func(*map(_widen, args), **{key: _widen(value) for key, value in kwargs.items()})
+
+    def _narrow(self, argument: Any) -> Any:
+        if argument is torch.float64:  # of a tensor, most likely, that is wide here only
+            return self._usual
+        wide = isinstance(argument, Tensor) and argument.dtype == torch.float64
+        return argument.to(self._usual, copy=True) if wide else argument
 
 
 def _widen(argument: Any) -> Any:

@@ -560,3 +560,29 @@ def test_check_in_float32_only_is_said() -> None:
     reading = measure_stability(net, float_constant, [batch], torch.optim.SGD(net.parameters(), lr=0.1))
     assert reading.edge_ratio is not None
     assert any("checked in float32 only" in note for note in reading.notes)
+
+
+NOISES: dict[str, Callable[[Tensor], Tensor]] = {
+    "randn_like": torch.randn_like,
+    "rand_like": torch.rand_like,
+    "randn": lambda x: torch.randn(x.shape, dtype=x.dtype),
+    "normal": lambda x: torch.normal(torch.zeros_like(x), 1.0),
+    "normal_": lambda x: torch.empty_like(x).normal_(),
+    "distribution": lambda x: torch.distributions.Normal(torch.zeros_like(x), torch.ones_like(x)).rsample(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("noise", NOISES)
+def test_check_sees_the_same_noise_in_double_precision(noise: str, dtype: torch.dtype) -> None:
+    """Training with noise (diffusion, autoencoders): numbers drawn in double precision would be others."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
+
+    def loss(module: Any, x: Tensor) -> Tensor:
+        return module(x + NOISES[noise](x)).square().mean()
+
+    operator = HessianOperator(net, loss, [torch.randn(6, 4, dtype=dtype)])
+    check = operator.check(torch.randn(operator.size, dtype=dtype))
+    assert check.dtype is torch.float64
+    assert check.mismatch < 1e-4  # as on any smooth net
