@@ -27,9 +27,13 @@ def layers_table(layers: Sequence[Mapping[str, Any]], most: int = 5) -> str:
     lines = [_sentence(layer) for layer in known[:most]]
     if len(known) > most:
         lines.append(f"and {len(known) - most} more layers")
-    missing = [f"{layer['layer']} ({layer['reason']})" for layer in layers if layer["method"] == "none"]
+    missing: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer["method"] == "none":
+            missing.setdefault(layer["reason"], []).append(layer["layer"])
     if missing:
-        lines.append(f"not attributed: {', '.join(missing)}")
+        told = (f"{', '.join(names)} ({reason})" for reason, names in missing.items())
+        lines.append(f"not attributed: {'; '.join(told)}")
     return "\n".join(lines)
 
 
@@ -107,9 +111,13 @@ def _edges(steps: Sequence[int]) -> list[float]:
     return [steps[0] - (middles[0] - steps[0]), *middles, steps[-1] + (steps[-1] - middles[-1])]
 
 
+def _short(number: float) -> str:
+    return f"{number:.2f}" if number >= 0.1 else f"{number:.1g}"
+
+
 def _sentence(layer: Mapping[str, Any]) -> str:
     number = layer["cfl_number"]
-    what = f"curvature {layer['curvature']:.3g}" if number is None else f"at {number:.2f} of its limit"
+    what = f"curvature {layer['curvature']:.3g}" if number is None else f"at {_short(number)} of its limit"
     parts = [f"{layer['layer']} {what}, {layer['method']}"]
     if layer["method"] == "cheap" and layer["form"] == "weak":
         parts[0] += f" (weak: {layer['reason']})"

@@ -495,7 +495,8 @@ def test_layers_that_cannot_be_attributed_are_told_as_such(tmp_path: Path) -> No
         assert set(reasons) <= {"net.frozen"}
         assert layers["net.first"]["cfl_number"] > 0
     (missing,) = [line for line in monitor.report().splitlines() if line.startswith("not attributed:")]
-    for name in ("net.unused (not used in this batch)", "net.attention.in_proj_weight (inside", "net.normed (its"):
+    projections = "net.attention.in_proj_weight, net.attention.out_proj (inside"
+    for name in ("net.unused (not used in this batch)", projections, "net.normed (its"):
         assert name in missing
     assert monitor.report().count("net.first") == 1
 

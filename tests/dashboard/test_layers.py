@@ -162,7 +162,10 @@ def test_table_tells_each_layer_in_a_sentence() -> None:
         layer("head", 0.5, method="cheap", activated=0.0, transitioning=0.0, not_activated=0.0, top_mode_share=None),
         layer("norm", 0.25, method="cheap", form="weak", reason="its weight is used 2 times"),
         layer("other", None, top_mode_share=None),
+        layer("calm", 0.0123, activated=0.0, transitioning=0.0, not_activated=0.0, top_mode_share=None),
         layer("gone", None, method="none", reason="not used in this batch"),
+        layer("ice", None, method="none", reason="frozen"),
+        layer("lost", None, method="none", reason="not used in this batch"),
     ]
     assert layers_table(found).splitlines() == [
         "conv2 at 1.31 of its limit, exact; 41% of its entries transitioning; carries 62% of the top mode",
@@ -170,7 +173,8 @@ def test_table_tells_each_layer_in_a_sentence() -> None:
         "norm at 0.25 of its limit, cheap (weak: its weight is used 2 times); 41% of its entries transitioning; "
         "carries 62% of the top mode",
         "other curvature 7, exact; 41% of its entries transitioning",
-        "not attributed: gone (not used in this batch)",
+        "calm at 0.01 of its limit, exact",
+        "not attributed: gone, lost (not used in this batch); ice (frozen)",
     ]
 
 
