@@ -1,7 +1,7 @@
 """T of layers that no closed form serves: the curvature between a layer's output and the next layers.
 
 In a second evaluation, from the same random state, each layer's output is cut off from what produced it, while its
-uncut value counts for what the first evaluation found the loss's gradient in it to be. What is left of the Hessian
+input counts for what the first evaluation found the loss's gradient in it to be. What is left of the Hessian
 of that sum is block-diagonal by construction: only the operations between a layer and the next ones are in it.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from eos_monitor.cfl.linear_maps import LAYER_OPS
@@ -39,20 +39,24 @@ class CutMode(TorchFunctionMode):
         super().__init__()
         self._weights, self._gradients = weights, gradients
         self._outputs: list[Tensor] = []
-        self._ends: list[Tensor] = []
+        self._ends: list[GradientEdge] = []
         self._gradients_of_ends: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         is_layer = getattr(func, "__name__", "") in LAYER_OPS and id(weight) in self._weights
         if not (is_layer and torch.is_grad_enabled()):
-            return result
+            return func(*args, **kwargs)
+        x = args[0] if args else kwargs.pop("input")
         gradient = self._gradients.get(len(self._outputs))
-        if result.requires_grad and gradient is not None:
-            self._ends.append(result)
-            self._gradients_of_ends.append(gradient)
+        # A segment ends at the next layer's input: that layer is linear in it, but its double backward costs as if not.
+        ends = x.requires_grad and gradient is not None
+        at_input = x.detach().requires_grad_(ends)
+        result = func(at_input, *args[1:], **kwargs)
+        if ends:
+            self._ends.append(get_gradient_edge(x))
+            self._gradients_of_ends += torch.autograd.grad(result, at_input, gradient)
         cut = result.detach().requires_grad_()
         self._outputs.append(cut)
         return cut.clone()  # what follows may work in place, which a leaf forbids

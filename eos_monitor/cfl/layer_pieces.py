@@ -32,12 +32,12 @@ class BatchStatistics:
     scale: Tensor  # γ/σ, one a channel
 
     @classmethod
-    def of(cls, call: LayerCall) -> BatchStatistics:
+    def of(cls, call: LayerCall, weight_map: WeightMap) -> BatchStatistics:
         """Return that of the batch normalization behind a call."""
         norm = call.batch_norm
         assert norm is not None
         with torch.no_grad():
-            z = call.apply(call.weight.detach(), call.bias)
+            z = weight_map.apply(call.weight.detach())  # a bias changes nothing here
             axes = [axis for axis in range(z.ndim) if axis != 1]
             deviation = (z.var(axes, unbiased=False, keepdim=True) + norm.eps).rsqrt()
             normalized = (z - z.mean(axes, keepdim=True)) * deviation
@@ -57,9 +57,15 @@ class Use:
 
     weight_map: WeightMap
     probes: Tensor  # (samples, m, entries of z in one sample)
+    shape: torch.Size  # of z
     bend: Tensor | None  # r″(z) ∂L/∂h
     statistics: BatchStatistics | None
     segment: Segment | None = None
+
+    def first_probe(self) -> Tensor:
+        """Return Pᵀ g of the first probe."""
+        g = self.probes[:, 0].reshape(self.shape)
+        return self.weight_map.transpose(g if self.statistics is None else self.statistics.apply(g))
 
     def project(self, y: Tensor) -> Tensor:
         """Return s, ``(samples, m)``."""
@@ -89,6 +95,7 @@ class LayerPieces:
     surroundings: Surroundings
     products: int = 0
     _parts: list[tuple[float, list[Use]]] = field(default_factory=list)  # share of the samples, uses
+    _projections: list[list[Tensor]] = field(default_factory=list)  # s of each product and part
 
     @property
     def cut(self) -> bool:
@@ -99,29 +106,34 @@ class LayerPieces:
         """Add one batch with its share of the samples."""
         self._parts.append((share, uses))
 
+    def start(self) -> Tensor:
+        """Return Pᵀ of the first probe, flat: random with covariance GN, which is half a step of power iteration."""
+        with torch.no_grad():
+            return sum_of(share * sum_of(use.first_probe() for use in uses) for share, uses in self._parts).reshape(-1)
+
     def matvec(self, v: Tensor) -> Tensor:
         """Return ``(T + GN) v``, flat."""
         self.products += 1
         weight = v.view(self.parameter.shape)
-        total = torch.zeros_like(weight)
+        total, projections = torch.zeros_like(weight), []
         for share, uses in self._parts:
             with torch.no_grad():
                 outputs = [use.weight_map.apply(weight) for use in uses]
                 s = sum_of(use.project(y) for use, y in zip(uses, outputs, strict=True))
+                projections.append(s)
                 cotangents = [use.spread(s, y) for use, y in zip(uses, outputs, strict=True)]
             _add_bends(cotangents, uses, outputs)
             with torch.no_grad():
                 total += share * sum_of(use.weight_map.transpose(c) for use, c in zip(uses, cotangents, strict=True))
+        self._projections.append(projections)
         return total.reshape(-1)
 
-    def gauss_newton_form(self, v: Tensor) -> float:
-        """Return vᵀ GN v."""
-        weight = v.view(self.parameter.shape)
+    def gauss_newton_form(self, coefficients: Sequence[float]) -> float:
+        """Return vᵀ GN v of a combination of the vectors that were multiplied; s is linear in v and has been seen."""
         total = 0.0
-        with torch.no_grad():
-            for share, uses in self._parts:
-                s = sum_of(use.project(use.weight_map.apply(weight)) for use in uses)
-                total += share * float(s.square().sum()) / s.shape[1]
+        for i, (share, _) in enumerate(self._parts):
+            s = sum_of(c * made[i] for c, made in zip(coefficients, self._projections, strict=True))
+            total += share * float(s.square().sum()) / s.shape[1]
         return total
 
 

@@ -19,7 +19,7 @@ from eos_monitor.cfl.gauss_newton import NotSeparableError, output_probes
 from eos_monitor.cfl.layer_pieces import BatchStatistics, LayerPieces, Use
 from eos_monitor.cfl.linear_maps import WeightMap
 from eos_monitor.cfl.paper_bound import PaperBound, paper_bound
-from eos_monitor.cfl.regimes import RegimeCounter
+from eos_monitor.cfl.regimes import RegimeCounter, row_slices
 from eos_monitor.curvature.sandbox import LossFn, Sandbox
 
 _LAST = "last layer"
@@ -133,7 +133,7 @@ class _Pass:
         def watch(call: LayerCall, activation: Activation, z: Tensor, before: Tensor | None) -> None:
             second.pop(call.index, None)
             if not activation.piecewise_linear:
-                second[call.index] = activation.second_derivative(z)
+                second[call.index] = torch.cat([activation.second_derivative(z[i]) for i in row_slices(activation, z)])
 
         counter = RegimeCounter()
         seen = evaluate({p: p.detach().requires_grad_() for p in request.parameters}, (counter, watch))
@@ -212,24 +212,25 @@ class _Pass:
         if not plain:
             return {}
         gradients = torch.autograd.grad(loss, list(plain.values()), retain_graph=True, allow_unused=True)
-        return {i: second[i] * g for i, g in zip(plain, gradients, strict=True) if g is not None}
+        return {i: second[i].mul_(g) for i, g in zip(plain, gradients, strict=True) if g is not None}
 
     def _build(self, edge: GradientEdge, vectors: Sequence[Tensor], bends: Mapping[int, Tensor]) -> None:
         calls = [call for calls in self.calls.values() for call in calls]
         ends = [_end(call) for call in calls]
-        probes = [call.weight.new_zeros(self._size, len(vectors), call.shape.numel() // self._size) for call in calls]
+        maps = [WeightMap(call) for call in calls]
+        probes = [call.weight.new_empty(self._size, len(vectors), call.shape.numel() // self._size) for call in calls]
         for r, v in enumerate(vectors):
             found = torch.autograd.grad([edge], ends, [v], retain_graph=True, allow_unused=True)
             for at_call, g in zip(probes, found, strict=True):
-                if g is not None:
-                    at_call[:, r] = g.reshape(self._size, -1)
-        for call, at_call in zip(calls, probes, strict=True):
+                at_call[:, r] = 0.0 if g is None else g.reshape(self._size, -1)
+        for call, weight_map, at_call in zip(calls, maps, probes, strict=True):
             self.uses.setdefault(call.name, []).append(
                 Use(
-                    WeightMap(call),
+                    weight_map,
                     at_call,
+                    call.shape,
                     bends.get(call.index),
-                    None if call.batch_norm is None else BatchStatistics.of(call),
+                    None if call.batch_norm is None else BatchStatistics.of(call, weight_map),
                 )
             )
 

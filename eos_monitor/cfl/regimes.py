@@ -12,9 +12,11 @@ from torchmetrics import Metric
 from eos_monitor.cfl.activations import ACTIVATED, NOT_ACTIVATED, TRANSITIONING, Activation
 from eos_monitor.cfl.calls import Capture, LayerCall
 from eos_monitor.cfl.capture import capture, layer_names
+from eos_monitor.cfl.layer_pieces import sum_of
 from eos_monitor.curvature.sandbox import LossFn, Sandbox
 
 KINK_WIDTH = 0.1
+_SLICE = 1 << 17  # entries; what is computed for them stays in the cache
 
 
 class RegimeShares(NamedTuple):
@@ -45,7 +47,10 @@ class RegimeCounter:
             )
         # What the last update moved it by; numbers that are not finite are in no regime.
         reach = self._kink_width if before is None else (z - before).abs().to(torch.promote_types(z.dtype, torch.float))
-        self._by_call[call.index] = activation.counts(z, reach)
+        self._by_call[call.index] = sum_of(
+            activation.counts(z[rows], reach[rows] if isinstance(reach, Tensor) else reach)
+            for rows in row_slices(activation, z)
+        )
 
     def counts(self, captured: Capture) -> dict[str, Tensor]:
         """Return layer -> counts ``(3,)`` in the order of the regimes' numbers, summed over the layer's calls."""
@@ -54,6 +59,14 @@ class RegimeCounter:
             if call.activation is not None and call.index in self._by_call:
                 total[call.name] = total.get(call.name, 0) + self._by_call[call.index]
         return total
+
+
+def row_slices(activation: Activation, z: Tensor) -> list[slice]:
+    """Return slices of rows: fresh memory for a function of all of z costs more than its arithmetic."""
+    if z.ndim < 2 or z.numel() == 0 or isinstance(activation.scale, Tensor):  # a tensor may go along the rows
+        return [slice(None)]
+    step = max(1, _SLICE * len(z) // z.numel())
+    return [slice(i, i + step) for i in range(0, len(z), step)]
 
 
 class _Reference:
