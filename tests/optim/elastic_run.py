@@ -59,6 +59,7 @@ def work(rank: int, world: int, workers: int, rounds: int, folder: Path) -> None
     resumed = train(again, net_again, rank * workers, 2)
     straight = train(optimizer, net, rank * workers, 2)
     torch.save({"history": history, "resumed": resumed, "straight": straight}, folder / f"rank{rank}.pt")
+    dist.barrier()  # gloo aborts a process whose partner has gone first
     dist.destroy_process_group()
 
 
