@@ -55,6 +55,7 @@ def main(rank: int, folder: Path) -> None:
         regimes.update(loss, batch)
     shares = {layer: torch.stack(list(found)) for layer, found in regimes.compute().items()}
     torch.save({"shares": shares, "reasons": regimes.not_attributed}, folder / f"rank{rank}.pt")
+    torch.distributed.barrier()  # gloo aborts a process whose partner has gone first
     torch.distributed.destroy_process_group()
 
 
