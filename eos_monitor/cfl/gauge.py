@@ -303,10 +303,12 @@ def _solve(
     )
 
 
-def _start_of(layer: LayerPieces, limit: LayerLimit | None) -> Tensor:
-    """Return a start in the basis where C is one; it is zero, and then not used, where GN vanishes."""
-    start = layer.start()
-    return start if limit is None else limit.scale * start
+def _start_of(layer: LayerPieces, limit: LayerLimit | None) -> Tensor | None:
+    """Return a start in the basis where C is one, None for a random one."""
+    if limit is None:
+        return layer.start()
+    # A probe has nothing of weights without a gradient, where decay can have all of a preconditioned block's top.
+    return None if bool((limit.l2 != 0).any()) else limit.scale * layer.start()
 
 
 def _merged(cheap: CFLEstimate, exact: CFLEstimate) -> CFLEstimate:
