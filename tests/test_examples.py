@@ -15,6 +15,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "quickstart": {"max_epochs": 4},
     "compare_optimizers": {"seeds": 2, "epochs": 1},
     "layerwise_cfl": {"steps": 32},
+    "alert_to_webhook": {"steps": 48},
+    "lr_governor": {"steps": 130},
 }
 
 
@@ -59,3 +61,18 @@ def test_layers_at_the_edge_are_ranked_and_drawn(workplace: Path, capsys: pytest
     assert any(int(n) > 0 for n in re.findall(r"'head': (\d)", told))
     folder = workplace / "lightning_logs" / "version_0"
     assert {"cfl_readings.jsonl", "cfl_layers.png", "eos_readings.jsonl"} <= {path.name for path in folder.iterdir()}
+
+
+def test_webhook_gets_the_alerts(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    received = run("alert_to_webhook")
+    assert "\n".join(received) in capsys.readouterr().out
+    assert any("[jump-risk]" in text for text in received)
+    assert "[DIVERGING]" in received[-1]
+
+
+@pytest.mark.filterwarnings("ignore:eos_monitor could not take a reading")  # of what the dry run lets blow up
+def test_governor_lowers_the_rate_that_the_dry_run_only_names(workplace: Path) -> None:
+    messages = run("lr_governor")
+    assert any(message.startswith("would have lowered lr 7.5 →") for message in messages)
+    assert messages[-1].startswith("lowered lr 7.5 →")
+    assert (workplace / "lr_governor.png").stat().st_size > 10_000
