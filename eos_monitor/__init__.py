@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "EdgeOfStabilityMonitor": "callbacks.edge_of_stability",
     "CFLMonitor": "callbacks.cfl",
+    "PerturbationMonitor": "callbacks.perturbation",
     "StabilityProbe": "stability.probe",
     "measure_stability": "stability.gauge",
     "StabilityReading": "stability.reading",
