@@ -53,7 +53,7 @@ def directional_ratio(
         batches: Batches, at least one; g and H are those of the mean over all their samples.
         optimizer: One optimizer or several, which then make one step together. None is touched.
         update: Update to use instead of the proposed one, ``(n,)`` in ``param_groups`` order: after gradient clipping,
-            say, or of an optimizer whose step needs a closure.
+            say.
         method: ``"product"``, one Hessian-vector product, or ``"forward"``, for what cannot be differentiated twice:
             1 − (L(θ + u) − L(θ)) / gᵀu from two losses, which adds the third derivatives along u and loses
             eps·|L|/|gᵀu| to rounding.
@@ -67,8 +67,8 @@ def directional_ratio(
         of the loss drowns in rounding (method ``"forward"``).
 
     Raises:
-        ValueError: If there is no batch or parameter, ``method`` is unknown, ``update`` has another shape, the
-            optimizer's step needs a closure, or some groups minimize and others maximize.
+        ValueError: If there is no batch or parameter, ``method`` is unknown, ``update`` has another shape, or some groups
+            minimize and others maximize.
         RuntimeError: If the loss or the update is not finite.
 
     Note:
@@ -150,7 +150,7 @@ class StepAhead:
         gradient = self.operator.gradient(keep_graph=keep_graph)
         theta = flatten(params, params, self.operator.dtype, self.operator.device)
         self._decay = _coupled_decay(self.optimizers, gradient, theta, self._sign)
-        self.update = _proposed(self.optimizers, gradient) if update is None else update.detach()
+        self.update = _proposed(self.optimizers, gradient, loss_at=self._loss_at) if update is None else update.detach()
         if self.update.shape != (self.operator.size,):
             raise ValueError(f"Expected `update` of shape ({self.operator.size},), got {tuple(self.update.shape)}.")
         self.update = self.update.to(self.operator.device, self.operator.dtype)
@@ -161,6 +161,10 @@ class StepAhead:
         self._eps = max(torch.finfo(p.dtype).eps for p in params)
         self._parameter_rounding = self._eps * float(torch.linalg.vector_norm(gradient * theta))
         self._start: float | None = None
+
+    def _loss_at(self, shift: Tensor) -> tuple[float, Tensor]:
+        shift = shift.to(self.operator.dtype)
+        return self.operator.evaluate(shift), self.operator.gradient(shift)
 
     @property
     def start(self) -> float:
@@ -191,9 +195,15 @@ class StepAhead:
         return 0.0 if self._decay is None else _dot(self._decay * self.update, self.update)
 
 
-def _proposed(optimizers: Sequence[Optimizer], gradient: Tensor, *, settings: dict[str, Any] | None = None) -> Tensor:
+def _proposed(
+    optimizers: Sequence[Optimizer],
+    gradient: Tensor,
+    *,
+    settings: dict[str, Any] | None = None,
+    loss_at: Callable[[Tensor], tuple[float, Tensor]] | None = None,
+) -> Tensor:
     try:
-        return proposed_update(optimizers, gradient, settings=settings)
+        return proposed_update(optimizers, gradient, settings=settings, loss_at=loss_at)
     except TypeError as error:
         names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
         raise ValueError(f"Expected a step without a closure, got {names}: {error}. Pass `update`.") from error

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +43,11 @@ def trained_parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
 
 
 def proposed_update(
-    optimizers: Sequence[Optimizer], gradient: Tensor, *, settings: Mapping[str, Any] | None = None
+    optimizers: Sequence[Optimizer],
+    gradient: Tensor,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    loss_at: Callable[[Tensor], tuple[float, Tensor]] | None = None,
 ) -> Tensor:
     """Return the update that a step of ``optimizers`` would make at a given gradient, ``(n,)``, without making it.
 
@@ -50,17 +55,38 @@ def proposed_update(
         optimizers: Optimizers, one step of each.
         gradient: Gradient in ``param_groups`` order, ``(n,)``.
         settings: What to change in every group (``weight_decay`` ...) for this step.
+        loss_at: Loss and gradient at the parameters plus a displacement, ``(n,)``, for steps that need a closure.
     """
     params = trained_parameters(optimizers)
+    sizes = [p.numel() for p in params]
     stand_ins = {p: p.detach().clone().requires_grad_() for p in params}
-    for (live, stand_in), part in zip(
-        stand_ins.items(), torch.split(gradient, [p.numel() for p in params]), strict=True
-    ):
-        stand_in.grad = part.view(live.shape).to(live.dtype)
+
+    def give(flat: Tensor) -> None:
+        for (live, stand_in), part in zip(stand_ins.items(), torch.split(flat, sizes), strict=True):
+            stand_in.grad = part.view(live.shape).to(live.dtype)
+
+    def moved() -> Tensor:
+        return torch.cat([(stand_in.detach() - live.detach()).reshape(-1) for live, stand_in in stand_ins.items()])
+
+    def closure() -> float:
+        assert loss_at is not None
+        loss, flat = loss_at(moved())
+        give(flat)
+        return loss
+
+    give(gradient)
     with preserve_rng(), torch.inference_mode(False), torch.enable_grad():  # some optimizers draw noise
         for optimizer in optimizers:
             twin = twin_optimizer(optimizer, stand_ins)
             for group in twin.param_groups:
                 group.update(settings or {})
-            twin.step()
-    return torch.cat([(stand_in.detach() - live.detach()).reshape(-1) for live, stand_in in stand_ins.items()])
+            if loss_at is not None and _needs_closure(optimizer):
+                twin.step(closure)
+            else:
+                twin.step()
+    return moved()
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    parameter = inspect.signature(inspect.unwrap(type(optimizer).step)).parameters.get("closure")
+    return parameter is not None and parameter.default is inspect.Parameter.empty

@@ -359,10 +359,27 @@ def test_wrong_arguments_are_errors() -> None:
         directional_ratio(module, quadratic_loss, ONE, sgd)
 
 
-def test_optimizers_with_closures_need_an_update() -> None:
+def test_a_step_that_needs_a_closure_is_taken_on_the_copy() -> None:
+    """Against the step that LBFGS itself then takes, and the ratio written out."""
     module, _ = simple()
-    lbfgs = torch.optim.LBFGS(module.parameters())
-    with pytest.raises(ValueError, match="without a closure, got LBFGS.*Pass `update`"):
-        directional_ratio(module, quadratic_loss, ONE, lbfgs)
+    lbfgs = torch.optim.LBFGS(module.parameters(), lr=0.3, max_iter=3)
+    found = directional_ratio(module, quadratic_loss, ONE, lbfgs)
+
+    def loss() -> Tensor:
+        lbfgs.zero_grad()
+        value = quadratic_loss(module, ONE[0])
+        value.backward()
+        return value
+
+    start = torch.cat([p.detach().reshape(-1).clone() for p in module.parameters()])
+    gradient = module.a @ (start - module.centre)
+    lbfgs.step(loss)
+    update = torch.cat([p.detach().reshape(-1) for p in module.parameters()]) - start
+    assert found == pytest.approx(float(update @ module.a @ update) / float(-2 * gradient @ update), rel=1e-9)
+
+
+def test_other_steps_than_the_proposed_can_be_judged() -> None:
+    module, _ = simple()
     newton = module.centre.clone()  # from 0 to the lowest point
+    lbfgs = torch.optim.LBFGS(module.parameters())
     assert directional_ratio(module, quadratic_loss, ONE, lbfgs, update=newton) == pytest.approx(0.5)
