@@ -80,7 +80,11 @@ class CFLGauge:
         mode: Tensor | None = None,
         refine: bool = True,
     ) -> list[CFLEstimate]:
-        """Estimate every wanted layer once; see :func:`estimate_cfl`. Without ``refine`` by the cheap tier alone."""
+        """Estimate every wanted layer once; see :func:`estimate_cfl`.
+
+        Without ``refine`` by the cheap tier alone, which then only knows of samples that meet before the loss if an
+        earlier call has looked for them (batch normalization it always notices).
+        """
         with preserve_rng():  # a DataLoader's iterator draws its seed from the global generator
             batches = list(batches)
         if not batches:
@@ -93,9 +97,13 @@ class CFLGauge:
         sandbox = sandbox or Sandbox(module)
         trained = [p for p in module.parameters() if limits.trains(p)]
         with sandbox:
-            request = Request(loss_fn, trained, self.wants, self._probes, random, self._bound, self._coupled)
+            # Found out once, when it first matters: it decides which layers get the exact tier.
+            choosing = refine or self._exact
+            known = self._coupled if self._coupled is not None or choosing else frozenset()
+            request = Request(loss_fn, trained, self.wants, self._probes, random, self._bound, known)
             pieces = take_apart(sandbox, module, batches, samples, request)
-            self._coupled = pieces.coupled  # found out once
+            if choosing:
+                self._coupled = pieces.coupled
             estimates = [self._cheap(layer, limits, random) for layer in pieces.layers.values()]
             estimates += [CFLEstimate.unknown(name, reason) for name, reason in pieces.not_attributed.items()]
             if refine or self._exact:

@@ -228,7 +228,6 @@ def test_products_are_counted_and_few() -> None:
         convolutions, backwards = calls.count("aten::convolution"), calls.count("aten::convolution_backward")
         # Forward: the net and each product.
         assert convolutions == 3 + sum(products)
-        # Backward: each product; the loss and the probes through two inputs; when cold, also whether samples meet, and
-        # the start of each layer.
+        # Backward: each product; the loss and the probes through two inputs; when cold, also the start of each layer.
         cold = most == 5
-        assert backwards == sum(products) + 2 * (1 + 4 + cold) + 3 * cold
+        assert backwards == sum(products) + 2 * (1 + 4) + 3 * cold
