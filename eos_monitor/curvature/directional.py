@@ -67,8 +67,8 @@ def directional_ratio(
         of the loss drowns in rounding (method ``"forward"``).
 
     Raises:
-        ValueError: If there is no batch or parameter, ``method`` is unknown, ``update`` has another shape, or some groups
-            minimize and others maximize.
+        ValueError: If there is no batch or parameter, ``method`` is unknown, ``update`` has another shape, or some
+            groups minimize and others maximize.
         RuntimeError: If the loss or the update is not finite.
 
     Note:
