@@ -45,7 +45,8 @@ class TwinRun:
         gain: ‖δ_t‖₂ / ‖δ_s‖₂ after each step t, with s the first step at which the twins differ; 0 before it.
         relative_l1: RelL1 = 2/N Σ|θ − θ'| / (|θ| + |θ'|) after each step, in [0, 2].
         losses: Loss of the unperturbed run before each step.
-        rate: Growth of ln ‖δ‖ per step until it saturates; None where too few steps tell.
+        rate: Growth of ln ‖δ‖ per step until it saturates; None where too few steps tell. Perturbations of each step's
+            last bit add up, so that early steps show some growth in any run; the verdict takes that off.
         rate_low: Lower end of its 95 % interval.
         rate_high: Upper end of its 95 % interval.
         verdict: ``"amplifying"``, ``"neutral"``, ``"attenuating"``; ``"dead"`` where the unperturbed run has no
@@ -146,7 +147,7 @@ def twin_run(
             if not math.isfinite(losses[-1]):
                 break
         dead = run.still or _ignores_input(lambda batch: float(loss_of(run, batch, 0).detach()), data[0])
-    return _judged(distances, relative_l1, losses, dead)
+    return _judged(distances, relative_l1, losses, dead, renewed=perturbation == "last-bit")
 
 
 def relative_l1(theta: Tensor, other: Tensor) -> float:
@@ -227,11 +228,17 @@ def _ignores_input(loss_at: Any, batch: Any) -> bool:
     return bool(first) and math.isclose(before, after, rel_tol=_SAME_LOSS, abs_tol=0.0)
 
 
-def _judged(distances: list[float], relative: list[float], losses: list[float], dead: bool) -> TwinRun:
+def _judged(
+    distances: list[float], relative: list[float], losses: list[float], dead: bool, *, renewed: bool
+) -> TwinRun:
     start = next((t for t, distance in enumerate(distances) if distance > 0.0), None)
     unit = 1.0 if start is None else distances[start]
     gain = tuple(distance / unit for distance in distances)
     rate, half = _rate(distances, relative, start)
+    # A perturbation that comes anew at each step adds up, to t times the first at most, without any instability.
+    first = start or 0
+    shares = [d / (t - first + 1) if renewed and t > first else d for t, d in enumerate(distances)]
+    growth, spread = _rate(shares, relative, start)
     if not math.isfinite(losses[-1]):
         verdict = DIVERGED
     elif dead:
@@ -240,7 +247,7 @@ def _judged(distances: list[float], relative: list[float], losses: list[float], 
         verdict = ATTENUATING
     elif rate is None:
         verdict = NEUTRAL
-    elif rate - half > 0.0 and max(gain) > _FACTOR:
+    elif growth is not None and growth - spread > 0.0 and max(shares) > _FACTOR * unit:
         verdict = AMPLIFYING
     elif rate + half < 0.0 and gain[-1] < 1 / _FACTOR:
         verdict = ATTENUATING

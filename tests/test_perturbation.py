@@ -131,6 +131,20 @@ def test_twins_are_what_a_plain_loop_gives_and_the_run_is_untouched(build: Build
     assert run.relative_l1[-1] == pytest.approx(float(2 * ((a - b).abs() / (a.abs() + b.abs())).mean()), rel=1e-6)
 
 
+@pytest.mark.parametrize("steps", [16, 32, 64])
+def test_last_bits_that_only_add_up_are_not_amplified(steps: int) -> None:
+    """At a learning rate far below any limit; the same run is neutral too if it is moved once, at the start."""
+    net = small_net(torch.float32)
+    data = batches_for(torch.float32)
+    added = twin_run(net, cross_entropy, data, torch.optim.SGD(net.parameters(), lr=1e-2), steps=steps, k=3.0)
+    assert max(added.gain) > 2.0
+    assert added.verdict == "neutral"
+    moved = twin_run(
+        net, cross_entropy, data, torch.optim.SGD(net.parameters(), lr=1e-2), steps=steps, perturbation="random"
+    )
+    assert max(moved.gain) < 1.1
+
+
 def test_scheduled_settings_are_used() -> None:
     net = Quadratic([10.0])
     settings = [[[{"lr": 0.05}]]] * 3 + [[[{"lr": 0.3}]]] * 3
