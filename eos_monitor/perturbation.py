@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from eos_monitor.curvature.batches import map_batch
 from eos_monitor.curvature.sandbox import LossFn, Sandbox, preserve_rng
-from eos_monitor.curvature.twin import trained_parameters, twin_optimizer
+from eos_monitor.curvature.twin import as_list, trained_parameters, twin_optimizer
 
 AMPLIFYING, NEUTRAL, ATTENUATING = "amplifying", "neutral", "attenuating"
 DEAD, DIVERGED = "dead", "diverged"
@@ -114,7 +114,7 @@ def twin_run(
     References:
         A PDE-based explanation of extreme numerical sensitivities and edge of stability (arXiv 2206.02001), §4.
     """
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers = as_list(optimizer)
     params = trained_parameters(optimizers)
     with preserve_rng():
         data = list(batches)

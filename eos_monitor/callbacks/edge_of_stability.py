@@ -119,8 +119,8 @@ class EdgeOfStabilityMonitor(Callback):
             on), and once DIVERGING is confirmed ``"checkpoint"`` (also at the risk of a jump), ``"restore"`` (go back
             to a state from before, at half the learning rates) and ``"stop"`` (with ``"restore"``: if that cannot be).
         dry_run: Only say what would have been done: in the log, to the alerts, and in ``eos_actions.jsonl``.
-        edge_target: Edge ratio at which ``"cap-lr"`` aims; None for nine tenths of where jumps of the kind were seen to
-            fail, and at most 1.
+        edge_target: Edge ratio at which ``"cap-lr"`` aims; None for half of where jumps of the kind were seen to fail,
+            and at most 1.
         lr_floor: Smallest factor that actions put on a learning rate, in (0, 1].
         action_cooldown: Steps until a capped learning rate may rise again.
         snapshot_every: Steps between the states that are kept, on the CPU, for ``"restore"``.

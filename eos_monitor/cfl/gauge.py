@@ -20,6 +20,7 @@ from eos_monitor.cfl.pieces import Pieces, Request, take_apart
 from eos_monitor.curvature.batches import batch_size
 from eos_monitor.curvature.lanczos import Spectrum, lanczos
 from eos_monitor.curvature.sandbox import LossFn, Sandbox, preserve_rng
+from eos_monitor.curvature.twin import as_list
 
 # Products of a Lanczos run: from a probe's gradient the cheap tier's Ritz value is at 1.00 (p10 0.97) of the converged
 # one after 5, and better than from a random vector after 6; the exact tier's, from the previous vector and the cheap
@@ -90,7 +91,7 @@ class CFLGauge:
         if not batches:
             raise ValueError("Expected at least one batch, got none.")
         samples = [self._batch_size(batch) for batch in batches]
-        optimizers = _several(optimizer)
+        optimizers = [] if optimizer is None else as_list(optimizer)
         limits = Limits(optimizers)
         weights = {name: p for name, p in layer_names(module).items() if self.wants(name) and limits.trains(p)}
         random = torch.Generator().manual_seed(self._seed)
@@ -272,12 +273,6 @@ def estimate_cfl(
         probes=probes, exact=exact, layers=layers, paper_bound=paper_bound, seed=seed, batch_size_fn=batch_size_fn
     )
     return gauge.measure(module, loss_fn, batches, optimizer, sandbox=sandbox, mode=mode)
-
-
-def _several(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
 
 
 def _solve(

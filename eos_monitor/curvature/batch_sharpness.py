@@ -17,6 +17,7 @@ from torch.optim import SGD, Optimizer
 from eos_monitor.curvature.hessian import FiniteDifferenceStep, HessianOperator, SumOverRanks
 from eos_monitor.curvature.lanczos import _norm
 from eos_monitor.curvature.sandbox import LossFn, Sandbox, preserve_rng
+from eos_monitor.curvature.twin import as_list
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def batch_sharpness_limits(optimizer: Optimizer | Iterable[Optimizer]) -> tuple[
         A. Andreyev et al., "Momentum Further Constrains Sharpness at the Edge of Stochastic Stability", 2026,
         arXiv 2604.14108.
     """
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers = as_list(optimizer)
     if not optimizers or not all(_steps_like_sgd(o) for o in optimizers):
         return None
     groups = [group for o in optimizers for group in o.param_groups]

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from eos_monitor.curvature.gradient_graph import flatten
 from eos_monitor.curvature.hessian import HessianOperator, SumOverRanks
 from eos_monitor.curvature.sandbox import LossFn, Sandbox
-from eos_monitor.curvature.twin import proposed_update, trained_parameters
+from eos_monitor.curvature.twin import as_list, proposed_update, trained_parameters
 
 METHODS = ("product", "forward")
 _SLICE = 1 << 18
@@ -130,7 +130,7 @@ class StepAhead:
         sum_over_ranks: SumOverRanks | None = None,
         keep_graph: bool = False,
     ) -> None:
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.optimizers = as_list(optimizer)
         params = trained_parameters(self.optimizers)
         if len({id(p) for p in params}) < len(params):
             raise ValueError("Expected each parameter in one place, got one in two optimizers or groups.")

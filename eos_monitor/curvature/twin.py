@@ -37,6 +37,11 @@ def twin_optimizer(optimizer: _O, stand_ins: Mapping[Tensor, Tensor]) -> _O:
     return twin
 
 
+def as_list(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+    """Return one optimizer, or several, as a list."""
+    return [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+
+
 def trained_parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     """Return the parameters that optimizers train, in ``param_groups`` order: the order of all vectors."""
     return [p for o in optimizers for group in o.param_groups for p in group["params"] if p.requires_grad]

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from eos_monitor.curvature.hessian import FiniteDifferenceStep, HessianOperator, SumOverRanks
 from eos_monitor.curvature.lanczos import Spectrum, lanczos_recycled
 from eos_monitor.curvature.sandbox import LossFn, Sandbox, preserve_rng
+from eos_monitor.curvature.twin import as_list, trained_parameters
 from eos_monitor.stability.edge_scale import edge_scale, shortened
 from eos_monitor.stability.reading import Measurement, StabilityReading
 from eos_monitor.stability.state_gauges import with_state_gauges
@@ -358,9 +359,9 @@ def measure_stability(
         raw_sharpness=raw_sharpness,
         batch_size_fn=batch_size_fn,
     )
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers = as_list(optimizer)
     if v0 is not None:
-        n = sum(p.numel() for o in optimizers for g in o.param_groups for p in g["params"] if p.requires_grad)
+        n = sum(p.numel() for p in trained_parameters(optimizers))
         if v0.ndim not in (1, 2) or v0.shape[0] != n or v0.numel() == 0:
             raise ValueError(f"Expected `v0` of shape ({n},) or ({n}, j), got {tuple(v0.shape)}.")
         gauge.start_from(v0)

@@ -52,7 +52,7 @@ class LrGovernor:
     else a lower bound for an unchanged Hessian, corrected by the next reading.
 
     Args:
-        target: Edge ratio to aim at, > 0; None for nine tenths of the class's line, see :class:`JumpRisk`, and at most
+        target: Edge ratio to aim at, > 0; None for half of the class's line, see :class:`JumpRisk`, and at most
             the edge: the line is where failures begin, and half of what heavy ball is given there fails.
         floor: Smallest factor, in (0, 1].
         cooldown: Steps, ≥ 1.

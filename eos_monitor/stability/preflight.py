@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from eos_monitor.curvature.batches import batch_size
 from eos_monitor.curvature.sandbox import LossFn, preserve_rng
+from eos_monitor.curvature.twin import as_list
 from eos_monitor.stability.first_steps import BELOW, FirstSteps, Outcome
 from eos_monitor.stability.lookahead import Position, Settings, SettingsAhead
 from eos_monitor.stability.reading import StabilityReading
@@ -198,7 +199,7 @@ def preflight(
     """
     if steps < 1:
         raise ValueError(f"Expected `steps` >= 1, got {steps}.")
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers = as_list(optimizer)
     data = list(batches)
     if not data:
         raise ValueError("Expected at least one batch, got none.")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eos_monitor.curvature.sandbox import LossFn
-from eos_monitor.curvature.twin import trained_parameters
+from eos_monitor.curvature.twin import as_list, trained_parameters
 from eos_monitor.stability.detector import Verdict
 from eos_monitor.stability.engine import Engine, append_jsonl
 from eos_monitor.stability.followed import Followed
@@ -85,7 +85,7 @@ class StabilityProbe:
         projections: bool | None = None,
     ) -> None:
         self._module, self._loss_fn, self._full_batch = module, loss_fn, full_batch
-        self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self._optimizers = as_list(optimizer)
         self._engine = Engine(
             Gauge(k=k, rtol=rtol, raw_sharpness=raw_sharpness, batch_size_fn=batch_size_fn),
             every_n_steps=every_n_steps,

@@ -14,6 +14,7 @@ from eos_monitor.curvature.batch_sharpness import batch_sharpness, batch_sharpne
 from eos_monitor.curvature.directional import directional_ratio
 from eos_monitor.curvature.hessian import SumOverRanks
 from eos_monitor.curvature.sandbox import LossFn, Sandbox
+from eos_monitor.curvature.twin import trained_parameters
 from eos_monitor.stability.reading import StabilityReading
 
 
@@ -55,7 +56,7 @@ def with_state_gauges(
                 module,
                 loss_fn,
                 batches,
-                params=[p for o in optimizers for group in o.param_groups for p in group["params"] if p.requires_grad],
+                params=trained_parameters(optimizers),
                 rtol=0.0,  # the probe is what there is
                 accumulate=accumulate,
                 method=method,

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from eos_monitor.curvature.twin import as_list
+
 Group = Mapping[str, Any]
 
 
@@ -160,7 +162,7 @@ def critical_curvature(
         >>> curvature.c, round(curvature.threshold, 6)
         (tensor([38., 38.]), 3.8)
     """
-    several = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    several = as_list(optimizers)
     entries = list(_entries(several, lr_scale, settings))
     if not entries:
         raise ValueError("Expected an optimizer with trainable parameters, got none.")
