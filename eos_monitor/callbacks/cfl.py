@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from eos_monitor.callbacks.companion import Companion
 from eos_monitor.callbacks.occasion import Occasion
@@ -164,17 +163,14 @@ class CFLMonitor(Companion):
 
     def begin(self, trainer: Any, outputs: RunOutputs) -> None:
         """Start afresh for a new fit; say so where nothing can be measured."""
-        self._outputs, self._run_id = outputs, uuid.uuid4().hex[:12]
+        super().begin(trainer, outputs)
         self._gauge = CFLGauge(**self._gauge_settings)
         self._start_afresh()
-        module = trainer.lightning_module
-        self._order = list(layer_names(module))
+        self._order = list(layer_names(trainer.lightning_module))
         if not self._order:
             self.turn_off("The module has no Linear or convolution layer.")
         elif not any(self._gauge.wants(name) for name in self._order):
             self.turn_off(f"Expected `layers` to match one of {', '.join(self._order)}; got {self._patterns!r}.")
-        elif trainer.world_size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
-            self.turn_off("Synchronized batch normalization needs every process, and one alone measures layers.")
 
     def measure(self, occasion: Occasion) -> None:
         """Estimate all layers."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch import nn
 
 from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.callbacks._compat import Callback
@@ -40,7 +43,11 @@ class Companion(Callback):
     # ------------------------------------------------------------------ what a companion does
 
     def begin(self, trainer: Any, outputs: RunOutputs) -> None:
-        """Start afresh for a new fit."""
+        """Start afresh for a new fit; :meth:`turn_off` where nothing can be measured."""
+        self._outputs, self._run_id = outputs, uuid.uuid4().hex[:12]
+        synchronized = any(isinstance(m, nn.SyncBatchNorm) for m in trainer.lightning_module.modules())
+        if trainer.world_size > 1 and synchronized:
+            self.turn_off("Synchronized batch normalization needs every process, and one alone measures.")
 
     def measure(self, occasion: Occasion) -> None:
         """Measure; called once a reading that is ready, inside the host's verification. A failure is told once."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from eos_monitor.callbacks.companion import Companion
 from eos_monitor.callbacks.occasion import Occasion
@@ -141,11 +140,8 @@ class PerturbationMonitor(Companion):
 
     def begin(self, trainer: Any, outputs: RunOutputs) -> None:
         """Start afresh for a new fit; say so where nothing can be measured."""
-        self._outputs, self._run_id = outputs, uuid.uuid4().hex[:12]
+        super().begin(trainer, outputs)
         self.runs, self._fresh = {}, None
-        synchronized = any(isinstance(m, nn.SyncBatchNorm) for m in trainer.lightning_module.modules())
-        if trainer.world_size > 1 and synchronized:
-            self.turn_off("Synchronized batch normalization needs every process, and one alone runs the copies.")
 
     def measure(self, occasion: Occasion) -> None:
         """Let two copies go on, if that is due."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from eos_monitor.curvature.hessian import FiniteDifferenceStep, HessianOperator, SumOverRanks
-from eos_monitor.curvature.lanczos import _norm
+from eos_monitor.curvature.lanczos import length_of
 from eos_monitor.curvature.sandbox import LossFn, Sandbox, preserve_rng
 from eos_monitor.curvature.twin import as_list
 
@@ -196,7 +196,7 @@ def _rayleigh_quotient(operator: HessianOperator) -> float | None:
     """Return gᵀHg / gᵀg; None if g is zero."""
     with operator:
         gradient = operator.gradient(keep_graph=True)
-        length = _norm(gradient)
+        length = length_of(gradient)
         if not length > 0.0:
             return None
         direction = gradient / length

@@ -160,7 +160,7 @@ def _iterate(
         theta, s = basis.rayleigh_ritz()
         top = min(k, len(theta))
         residual_vectors = basis.residuals(theta, s, top)  # (top, n)
-        residuals = torch.tensor([_norm(vector) for vector in residual_vectors], dtype=torch.float64)
+        residuals = torch.tensor([length_of(vector) for vector in residual_vectors], dtype=torch.float64)
         open_pairs = residuals > torch.clamp(rtol * theta[:top].abs(), min=atol)
         # With n basis vectors the residuals are rounding.
         converged = basis.count == basis.n or (top == k and not bool(open_pairs.any()))
@@ -196,7 +196,7 @@ class _Basis:
     def add(self, vector: Tensor, matvec: _Matvec) -> bool:
         """Append the direction of ``vector`` and its product; False if it depends on the basis."""
         m = self.count
-        norm = _norm(vector)
+        norm = length_of(vector)
         if not norm > 0.0:
             return False
         q = torch.div(vector, norm, out=self._v[m])  # in its place: fresh memory costs more than arithmetic on it
@@ -204,7 +204,7 @@ class _Basis:
         # span.
         for _ in range(2):
             q.addmv_(self._v[:m].T, self._v[:m] @ q, alpha=-1)
-            length = _norm(q)
+            length = length_of(q)
             if not length > 100 * torch.finfo(self.dtype).eps:
                 return False
             q /= length
@@ -256,7 +256,7 @@ def _start_vectors(v0: Tensor | None, basis: _Basis) -> list[Tensor]:
     block = v0.reshape(n, -1) if v0.ndim in (1, 2) and v0.shape[0] == n else None
     if block is None or block.shape[1] == 0:
         raise ValueError(f"Expected `v0` of shape ({n},) or ({n}, j), got {tuple(v0.shape)}.")
-    columns = [(column, _norm(column)) for column in block.to(basis.device, basis.dtype).T]
+    columns = [(column, length_of(column)) for column in block.to(basis.device, basis.dtype).T]
     usable = [(column, norm) for column, norm in columns if math.isfinite(norm)]
     if not any(norm > 0.0 for _, norm in usable):
         return [basis.random_vector()]
@@ -272,6 +272,7 @@ def _check_arguments(n: int, k: int, rtol: float, atol: float, max_matvecs: int)
         raise ValueError(f"Expected `max_matvecs` >= k = {k}, got {max_matvecs}.")
 
 
-def _norm(vector: Tensor) -> float:
+def length_of(vector: Tensor) -> float:
+    """Return ‖v‖₂ in double precision."""
     # In slices, because the double-precision copy of a long vector costs more than all the arithmetic here.
     return math.hypot(*(float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in torch.split(vector, _SLICE)))
