@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 from torch.optim.sgd import sgd
 
+from eos_monitor.optim.checked import CheckedOptimizer
 from eos_monitor.optim.diffusion import (
     BOUNDARIES,
     LIMITS,
@@ -35,7 +35,7 @@ class Diffused(NamedTuple):
     beta: float
 
 
-class APDE(Optimizer):
+class APDE(CheckedOptimizer):
     r"""Nesterov SGD with velocity diffusion.
 
     Each step, with g = ∇J(θ) + weight_decay·θ, is
@@ -134,18 +134,8 @@ class APDE(Optimizer):
         super().__setstate__(state)
         self._spare = {}
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, whose settings are checked.
-
-        Raises:
-            ValueError: If a setting is out of its range, or a tensor lacks the axes.
-        """
-        super().add_param_group(param_group)
-        try:
-            _check(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
+    def _check(self, group: dict[str, Any]) -> None:
+        _check(group)
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from eos_monitor.optim.checked import CheckedOptimizer
 from eos_monitor.optim.response import sgd_limit
 from eos_monitor.stability.thresholds import register_critical_curvature
 
 _O = TypeVar("_O", bound=Optimizer)
 
 
-class PerturbedSGD(Optimizer):
+class PerturbedSGD(CheckedOptimizer):
     """SGD with its update written as (η/k)·(k d), where d is the gradient or, with momentum, the momentum vector.
 
     Equal in exact arithmetic, this differs from SGD by rounding if k is not a power of two: the smallest perturbation
@@ -73,18 +74,8 @@ class PerturbedSGD(Optimizer):
         }
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, whose settings are checked.
-
-        Raises:
-            ValueError: If a setting is out of its range.
-        """
-        super().add_param_group(param_group)
-        try:
-            _check(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
+    def _check(self, group: dict[str, Any]) -> None:
+        _check(group)
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.sgd import sgd
+
+from eos_monitor.optim.checked import CheckedOptimizer
 
 Closure = Callable[[], Any]
 Group = dict[str, Any]
@@ -44,7 +45,7 @@ class Part(NamedTuple):
     anchors: list[Tensor]
 
 
-class Relaxation(Optimizer):
+class Relaxation(CheckedOptimizer):
     """Base of the optimizers whose step calls its closure several times, with other weights in place each time.
 
     After the step the parameters hold x again, and ``.grad`` the gradient of the last evaluation. A closure that
@@ -140,20 +141,6 @@ class Relaxation(Optimizer):
                     stacklevel=3,
                 )
         return stable
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, whose settings are checked.
-
-        Raises:
-            ValueError: If a setting is out of range, or parameters are complex.
-        """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self._check(group)
-        except ValueError:
-            self.param_groups.pop()
-            raise
 
     def _check(self, group: Group) -> None:
         for name, (words, holds) in {**_RANGES, **self._ranges}.items():
