@@ -46,7 +46,7 @@ class TwinRun:
         relative_l1: RelL1 = 2/N Σ|θ − θ'| / (|θ| + |θ'|) after each step, in [0, 2].
         losses: Loss of the unperturbed run before each step.
         rate: Growth of ln ‖δ‖ per step until it saturates; None where too few steps tell. Perturbations of each step's
-            last bit add up, so that early steps show some growth in any run; the verdict takes that off.
+            last bit add up, so that early steps show some growth in any run; the verdict asks for more.
         rate_low: Lower end of its 95 % interval.
         rate_high: Upper end of its 95 % interval.
         verdict: ``"amplifying"``, ``"neutral"``, ``"attenuating"``; ``"dead"`` where the unperturbed run has no
@@ -236,9 +236,7 @@ def _judged(
     gain = tuple(distance / unit for distance in distances)
     rate, half = _rate(distances, relative, start)
     # A perturbation that comes anew at each step adds up, to t times the first at most, without any instability.
-    first = start or 0
-    shares = [d / (t - first + 1) if renewed and t > first else d for t, d in enumerate(distances)]
-    growth, spread = _rate(shares, relative, start)
+    grown = max(g / max(t - (start or 0) + 1, 1) if renewed else g for t, g in enumerate(gain))
     if not math.isfinite(losses[-1]):
         verdict = DIVERGED
     elif dead:
@@ -247,7 +245,7 @@ def _judged(
         verdict = ATTENUATING
     elif rate is None:
         verdict = NEUTRAL
-    elif growth is not None and growth - spread > 0.0 and max(shares) > _FACTOR * unit:
+    elif rate - half > 0.0 and grown > _FACTOR:
         verdict = AMPLIFYING
     elif rate + half < 0.0 and gain[-1] < 1 / _FACTOR:
         verdict = ATTENUATING
