@@ -1,18 +1,13 @@
 """Two gloo processes of different speed act alike."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.callbacks import acting_run
-
-SCRIPT = Path(acting_run.__file__)
-LIMIT = 120  # seconds for what takes about 15; a hang is what it is there to end
+from tests.launching import run_script
 
 
 @pytest.mark.slow
@@ -20,9 +15,7 @@ LIMIT = 120  # seconds for what takes about 15; a hang is what it is there to en
     ("cadence", "jump", "action"), [(10, 200.0, "cap-lr"), (0, 40.0, "restore")], ids=["every-10", "by-the-clock"]
 )
 def test_both_ranks_act_alike(cadence: int, jump: float, action: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), str(cadence), str(jump), str(tmp_path)]
-    subprocess.run(command, env=environment, check=True, timeout=LIMIT, capture_output=True)
+    run_script(acting_run.__file__, cadence, jump, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1))
 
     def without_id(result: dict) -> list[dict]:

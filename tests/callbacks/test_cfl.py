@@ -3,10 +3,7 @@
 import importlib
 import json
 import logging
-import os
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +21,7 @@ from eos_monitor.cfl.gauge import CFLGauge
 from eos_monitor.stability.engine import Change, Engine
 from tests.callbacks import cfl_run
 from tests.callbacks.runs import NAMESPACES, Case, differences, make_logger, mlp, run
+from tests.launching import run_script
 
 pl = importlib.import_module("pytorch_lightning")
 
@@ -718,11 +716,7 @@ def test_table_of_a_restrained_run_has_exact_numbers(tmp_path: Path, said: list[
 
 def launch(attached: str, fault: str, folder: Path) -> list[dict[str, Any]]:
     folder.mkdir()
-    script = Path(cfl_run.__file__)
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), attached, fault, str(folder)]
-    # A launch takes about 10 s; a hang is what the limit is there to end.
-    subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
+    run_script(cfl_run.__file__, attached, fault, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

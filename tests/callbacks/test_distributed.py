@@ -1,8 +1,5 @@
 """Two gloo processes: the same reading on both, the run unchanged, and no hang whatever one of them does."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +9,12 @@ import torch.nn.functional as F
 
 from tests.callbacks import distributed_run
 from tests.callbacks.runs import CLASSES, FEATURES, differences
-
-SCRIPT = Path(distributed_run.__file__)
-ROOT = SCRIPT.parents[2]
-LIMIT = 120  # seconds for a launch that takes about 10; a hang is what it is there to end
+from tests.launching import run_script
 
 
 def launch(strategy: str, monitor: str, fault: str, samples: int, folder: Path) -> list[dict[str, Any]]:
     folder.mkdir()
-    command = [sys.executable, str(SCRIPT), strategy, monitor, fault, str(samples), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, check=True, timeout=LIMIT, capture_output=True)
+    run_script(distributed_run.__file__, strategy, monitor, fault, samples, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

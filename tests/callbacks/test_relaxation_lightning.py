@@ -1,8 +1,5 @@
 """The optimizers on a smoothed loss in a real Trainer, against the same run in a plain loop."""
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +19,7 @@ from eos_monitor.callbacks._compat import MisconfigurationException
 from eos_monitor.callbacks.fresh_batches import RelaxationGuard, fresh_batch
 from eos_monitor.optim import BurgersSGD, ElasticSGD, EntropySGD, HamiltonJacobi, HeatSmoothing
 from tests.callbacks import relaxation_run
+from tests.launching import run_script
 from tests.optim.relaxed import make_net, same, weights
 
 pl = pytorch_lightning
@@ -298,10 +296,7 @@ def test_manual_optimization_steps_with_its_own_closure(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ddp_is_one_process_on_the_union_of_the_mini_batches(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(relaxation_run.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, relaxation_run.__file__, str(tmp_path)]
-    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_script(relaxation_run.__file__, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert same(first, second)
     net = make_net()

@@ -1,9 +1,6 @@
 """Elastic-SGD: rounds in one process and over gloo processes."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +10,13 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from eos_monitor.optim import ElasticSGD
+from tests.launching import run_script
 from tests.optim import elastic_run
 from tests.optim.relaxed import Step, make_net, same, stream, weights
 
-SCRIPT = Path(elastic_run.__file__)
-ROOT = SCRIPT.parents[2]
-
 
 def launch(world: int, workers: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
-    command = [sys.executable, str(SCRIPT), str(world), str(workers), str(rounds), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_script(elastic_run.__file__, world, workers, rounds, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
 
