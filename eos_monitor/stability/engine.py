@@ -157,7 +157,7 @@ class Engine:
         """Take a reading; None if it failed."""
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
 
-        def attempt() -> Measurement:
+        def here() -> Measurement:
             return self._gauge.measure(
                 module,
                 loss_fn,
@@ -169,6 +169,9 @@ class Engine:
                 sandbox=sandbox,
                 sum_over_ranks=self.ranks.sum,
             )
+
+        def attempt() -> Measurement:
+            return here() if self.ranks.sum is None else self._everywhere(here, self.ranks.sum)
 
         def smaller() -> bool:
             # Smaller micro-batches need less for their graphs; with several processes they would have to agree.
@@ -243,6 +246,22 @@ class Engine:
                 return False
             self._full_everywhere = full
         return self.off is None and self._full_everywhere
+
+    @staticmethod
+    def _everywhere(measure: Callable[[], Measurement], sum_over_ranks: SumOverRanks) -> Measurement:
+        """Measure on every process, or fail on every one: one that goes on alone waits for the others for ever."""
+        measurement: Measurement | None = None
+        failure: Exception | None = None
+        try:
+            measurement = measure()
+        except Exception as error:
+            failure = error
+        failures = float(sum_over_ranks(torch.tensor([float(failure is not None)]))[0])
+        if failure is not None:
+            raise failure
+        if failures or measurement is None:
+            raise RuntimeError("Expected a reading on every process, got a failure on another one.")
+        return measurement
 
     def _update(self, step: int, **inputs: Any) -> Verdict:
         detector = self.detector

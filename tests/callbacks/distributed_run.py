@@ -78,6 +78,22 @@ class Write(pl.Callback):
         torch.save(result, self.folder / f"rank{trainer.global_rank}.pt")
 
 
+def fail_at_the_end(monitor: EdgeOfStabilityMonitor, trainer: pl.Trainer) -> None:
+    """Let every fifth reading fail on rank 1, when the last product has been summed."""
+    gauge, calls = monitor._engine._gauge, 0
+    measure = gauge.measure
+
+    def measure_and_fail(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        measurement = measure(*args, **kwargs)
+        if trainer.global_rank == 1 and calls % 5 == 0:
+            raise MemoryError("rank 1 on purpose")
+        return measurement
+
+    gauge.measure = measure_and_fail  # type: ignore[method-assign]
+
+
 def main(strategy: str, with_monitor: bool, fault: str, samples: int, folder: Path) -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
@@ -106,6 +122,8 @@ def main(strategy: str, with_monitor: bool, fault: str, samples: int, folder: Pa
         enable_model_summary=False,
         default_root_dir=folder,
     )
+    if monitor is not None and fault == "fails-at-the-end":
+        fail_at_the_end(monitor, trainer)
     trainer.fit(Net(), torch.utils.data.DataLoader(data, batch_size=8, shuffle=True))
 
 
