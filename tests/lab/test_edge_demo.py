@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
+import re
 import sys
 import time
 import urllib.request
@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from eos_monitor.lab.edge_demo import EdgeDemo, EdgeRun, edge_table, run_edge_demo
+from tests.launching import started
 
 
 @pytest.fixture(scope="module")
@@ -248,26 +249,25 @@ def test_every_run_settles_at_its_edge(seed: int, tmp_path: Path) -> None:
 
 def test_tensorboard_serves_layout_and_image(demo: EdgeDemo) -> None:
     folder = demo.figure.parent
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0", "--load_fast", "false"]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", "0", "--load_fast", "false"]
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            address = next(line.split(" at ")[1].split()[0] for line in server.stdout if " at http" in line)
+    deadline = time.monotonic() + 100
+    with started(*command) as (_, said):
+        while not (found := re.search(r" at (http\S+)\s", said())):
+            assert time.monotonic() < deadline, said()
+            time.sleep(0.1)
+        address = found[1]
 
-            def get(path: str) -> Any:
-                with opener.open(f"{address}data/{path}", timeout=30) as answer:
-                    return json.load(answer)
+        def get(path: str) -> Any:
+            with opener.open(f"{address}data/{path}", timeout=30) as answer:
+                return json.load(answer)
 
-            deadline = time.monotonic() + 60
-            while len(get("runs")) < 3 and time.monotonic() < deadline:
-                time.sleep(0.5)
-            runs = {str(run.folder.relative_to(folder)) for run in demo.runs}
-            assert set(get("runs")) == runs
-            images = get("plugin/images/tags")
-            layout = get("plugin/custom_scalars/layout")
-        finally:
-            server.terminate()
+        while len(get("runs")) < 3 and time.monotonic() < deadline:
+            time.sleep(0.5)
+        runs = {str(run.folder.relative_to(folder)) for run in demo.runs}
+        assert set(get("runs")) == runs
+        images = get("plugin/images/tags")
+        layout = get("plugin/custom_scalars/layout")
     assert {run: set(tags) for run, tags in images.items()} == {run: {"eos/run"} for run in runs}
     tags = [tag for chart in layout["category"][0]["chart"] for tag in chart["multiline"]["tag"]]
     assert "^eos/edge_ratio$" in tags
