@@ -11,6 +11,7 @@ _WINDOW = 256
 _FIRST = 5
 _ABOVE, _ABOVE_IN_A_ROW = 3.0, 24
 _FAR, _FAR_ABOVE_START, _FAR_IN_A_ROW = 10.0, 100.0, 3
+_LOST_ABOVE_START = 1e4  # no bounded run of 811 without a second moment went above 200
 _BACK, _BACK_IN_A_ROW = 1.5, 128
 
 
@@ -19,7 +20,7 @@ class Excursions:
 
     With med the median of the 256 losses before, and start the median of the first five: out once the loss is not
     finite, or above 3 med and start for 24 losses in a row, or (unless ``adaptive``) above 10 med and 100 start for 3
-    in a row; back after 128 in a row below 1.5 med. Half of all healthy runs at the edge exceed 10 med and return, so
+    in a row, or 10⁴ start at once; back after 128 in a row below 1.5 med. Half of all healthy runs at the edge exceed 10 med and return, so
     that a shorter excursion says nothing.
 
     Args:
@@ -70,7 +71,8 @@ class Excursions:
         far = level is not None and loss > _FAR * level and loss > _FAR_ABOVE_START * start
         self._above = self._above + 1 if above and loss > start else 0
         self._far = self._far + 1 if far and not self._adaptive else 0
-        if self._above >= _ABOVE_IN_A_ROW or self._far >= _FAR_IN_A_ROW:
+        lost = self._far > 0 and loss > _LOST_ABOVE_START * start
+        if lost or self._above >= _ABOVE_IN_A_ROW or self._far >= _FAR_IN_A_ROW:
             self._confirm(step)
         self._back = self._back + 1 if level is None or loss < _BACK * level else 0
         if self.out and self._back >= _BACK_IN_A_ROW:

@@ -311,6 +311,14 @@ def test_far_excess_is_diverging_after_three_steps_but_not_for_adam() -> None:
         assert [v is DIVERGING for v in feed(detector, [1e3] * 3, 50)] == expected
 
 
+@pytest.mark.parametrize("family", ["sgd", "nesterov", "adam"])
+def test_one_loss_ten_thousand_times_the_start_is_diverging_but_not_for_adam(family: str) -> None:
+    for loss, expected in ((9.9e3, False), (1.01e4, family != "adam")):
+        detector = InstabilityDetector(family=family)
+        feed(detector, [1.0] * 50, 0)
+        assert (detector.update(50, loss=loss) is DIVERGING) == expected
+
+
 def test_excess_without_an_edge_is_a_note_about_the_data() -> None:
     detector = InstabilityDetector()
     found = feed(detector, [1.0] * 100 + [5.0] * 40, reading=reading(0.2))
