@@ -156,5 +156,4 @@ class Companion(Callback):
 class _SilentMonitor(EdgeOfStabilityMonitor):
     """Measures for its companions and says nothing itself."""
 
-    def _open_outputs(self, trainer: Any) -> RunOutputs:
-        return RunOutputs(trainer, self.name, (), self._engine.warn_once, self._throttle, silent=True)
+    _silent = True

@@ -78,10 +78,10 @@ class Verification:
             engine.warn_once("verify", f"eos_monitor: {why}")  # it may be why the products were wrong
 
 
-def run_fingerprint(trainer: Any, pl_module: Any, *, leave_out: Any) -> Fingerprint:
+def run_fingerprint(trainer: Any, pl_module: Any, *, leave_out: tuple[Any, ...]) -> Fingerprint:
     """Look at everything that a reading could reach in a Trainer's run."""
     schedulers = {f"lr_schedulers[{i}]": config.scheduler for i, config in enumerate(trainer.lr_scheduler_configs)}
-    return fingerprint(pl_module, trainer.optimizers, also=schedulers, leave_out=(trainer, leave_out))
+    return fingerprint(pl_module, trainer.optimizers, also=schedulers, leave_out=(trainer, *leave_out))
 
 
 def _attempt(look: Callable[[], Fingerprint], engine: Engine) -> Fingerprint | None:

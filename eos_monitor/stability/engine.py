@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from eos_monitor.stability.schedule import Schedule
 from eos_monitor.stability.steps import kind_of
 
 _WARM_UP_RETRY = 10
+_T = TypeVar("_T")
 
 
 def _same(value: Any) -> Any:
@@ -229,6 +230,10 @@ class Engine:
     def turn_off(self, why: str) -> None:
         """Stop measuring for the rest of the run."""
         self._attempts.turn_off(why)
+
+    def attempt(self, action: Callable[[], _T]) -> _T | None:
+        """Do something around a reading that must not end the run; None if it failed."""
+        return self._attempts.run(action)
 
     def warn_once(self, topic: str, message: str) -> None:
         """Warn, once a topic."""

@@ -20,8 +20,8 @@ class Excursions:
 
     With med the median of the 256 losses before, and start the median of the first five: out once the loss is not
     finite, or above 3 med and start for 24 losses in a row, or (unless ``adaptive``) above 10 med and 100 start for 3
-    in a row, or 10⁴ start at once; back after 128 in a row below 1.5 med. Half of all healthy runs at the edge exceed 10 med and return, so
-    that a shorter excursion says nothing.
+    in a row, or 10⁴ start at once; back after 128 in a row below 1.5 med. Half of all healthy runs at the edge exceed
+    10 med and return, so that a shorter excursion says nothing.
 
     Args:
         adaptive: Whether the second moment of the optimizer catches a blow-up: Adam comes back from peaks that end

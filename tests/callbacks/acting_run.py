@@ -41,7 +41,7 @@ class Write(pl.Callback):
         self.folder, self.monitor, self.factors = folder, monitor, []
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.factors.append(self.monitor._actions.factors)
+        self.factors.append(self.monitor._fit.actions.factors)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         result = {

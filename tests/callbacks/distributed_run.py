@@ -74,13 +74,13 @@ class Write(pl.Callback):
             ]
             # A reading before step n measures what step n − 1 left.
             result["weights at the readings"] = [self.weights[r.step - 1] for r in self.monitor.readings]
-            result["verdict"] = [(step, int(verdict)) for step, verdict in self.monitor._engine.verdicts]
+            result["verdict"] = [(step, int(verdict)) for step, verdict in self.monitor._fit.engine.verdicts]
         torch.save(result, self.folder / f"rank{trainer.global_rank}.pt")
 
 
 def fail_at_the_end(monitor: EdgeOfStabilityMonitor, trainer: pl.Trainer) -> None:
     """Let every fifth reading fail on rank 1, when the last product has been summed."""
-    gauge, calls = monitor._engine._gauge, 0
+    gauge, calls = monitor._fit.engine._gauge, 0
     measure = gauge.measure
 
     def measure_and_fail(*args: Any, **kwargs: Any) -> Any:

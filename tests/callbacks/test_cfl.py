@@ -384,12 +384,12 @@ def test_probe_and_budget_are_the_hosts(tmp_path: Path, monkeypatch: Any) -> Non
     fit(Line(0.01), [monitor, host], tmp_path, [PROBE, 2 * PROBE], max_epochs=2)
     assert [len(call["batches"]) for call in spy.calls] == [1] * 5
     assert all(torch.equal(call["batches"][0], PROBE) for call in spy.calls)
-    schedule = host._engine.schedule
+    schedule = host._fit.engine.schedule
     assert schedule.predicted_cost >= 0.05  # the sleep is at least that long; the reading alone takes some 2 ms
     assert schedule.spent >= 5 * 0.05
     assert [reading.seconds < 0.05 for reading in host.readings] == [True] * 5
     assert monitor._own_host.readings == []
-    assert not monitor._own_host._engine.samples.full
+    assert not monitor._own_host._fit.engine.samples.full
 
 
 def test_a_dear_companion_makes_readings_rarer(tmp_path: Path, monkeypatch: Any) -> None:
@@ -409,7 +409,7 @@ def test_a_dear_companion_makes_readings_rarer(tmp_path: Path, monkeypatch: Any)
     steps = [reading.step for reading in host.readings]
     assert 2 <= len(steps) <= 4
     # Steps may take longer than they sleep on a busy machine, so the bound is on the time itself.
-    assert (host._engine.schedule.overhead or 1.0) <= 0.25 + 0.1 / host._engine.schedule.training_seconds
+    assert (host._fit.engine.schedule.overhead or 1.0) <= 0.25 + 0.1 / host._fit.engine.schedule.training_seconds
 
 
 def test_exact_tier_at_every_fifth_reading_and_on_a_change_of_verdict(tmp_path: Path, monkeypatch: Any) -> None:

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from eos_monitor import Alert, EdgeOfStabilityMonitor, Verdict
+from eos_monitor.callbacks import monitored_fit
 
 pl = importlib.import_module("pytorch_lightning")
 
@@ -171,11 +172,11 @@ def test_accumulation_measures_once_a_window_and_reads_the_true_loss(tmp_path: P
     fit(Recorded(lr=0.01), monitor, tmp_path, batches, accumulate_grad_batches=2, max_epochs=2)
     assert [reading.step for reading in monitor.readings] == [0, 1, 2, 3, 4]
     assert not monitor.readings[0].full_batch
-    seen = [loss for _, loss in monitor._losses]
+    seen = [loss for _, loss in monitor._fit.losses]
     # The list outside the module also records the evaluations in the sandbox; a step's two losses follow each other.
     means = iter([(a + b) / 2 for a, b in zip(losses, losses[1:], strict=False)])
     assert all(any(math.isclose(loss, mean, rel_tol=1e-6) for mean in means) for loss in seen)
-    assert [step for step, _ in monitor._losses] == [0, 1, 2, 3]
+    assert [step for step, _ in monitor._fit.losses] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -293,6 +294,20 @@ def test_switched_off_does_nothing(how: str, tmp_path: Path, monkeypatch: Any) -
 
 def raising(module: Any, batch: Any) -> torch.Tensor:
     raise RuntimeError("no such luck")
+
+
+def test_settings_that_cannot_be_read_before_the_step_leave_a_stale_reading(tmp_path: Path, monkeypatch: Any) -> None:
+    def fails(*args: Any) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(monitored_fit, "edge_ratio_at", fails)
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1)
+    with pytest.warns(UserWarning, match="training goes on") as caught:
+        trainer = fit(Net(), monitor, tmp_path)
+    assert len([w for w in caught if "eos_monitor" in str(w.message)]) == 1
+    assert trainer.global_step == 4
+    assert [(r.step, r.stale) for r in monitor.readings] == [(step, step < 4) for step in range(5)]
+    assert monitor.readings[0].edge_ratio == pytest.approx(0.45, rel=1e-5)
 
 
 def test_failing_readings_warn_once_and_end_after_three(tmp_path: Path) -> None:
@@ -428,7 +443,7 @@ def test_state_is_plain_and_survives_a_checkpoint(tmp_path: Path) -> None:
 def test_monitor_can_be_pickled_for_spawned_processes() -> None:
     monitor = EdgeOfStabilityMonitor(every_n_steps=3, loss_fn=square)
     again = pickle.loads(pickle.dumps(monitor))
-    assert again._engine.schedule.every_n_steps == 3
+    assert again._fit.engine.schedule.every_n_steps == 3
 
 
 @pytest.mark.parametrize(

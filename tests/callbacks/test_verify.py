@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics import MeanMetric
 
-import eos_monitor.callbacks.edge_of_stability as callback
+import eos_monitor.callbacks.monitored_fit as callback
 from eos_monitor import EdgeOfStabilityMonitor
 from eos_monitor.callbacks.verification import Verification
 from eos_monitor.curvature import fingerprint as fingerprints
