@@ -1,10 +1,15 @@
-"""Runs that fail by their learning rate, with and without a monitor that acts, and the best they could do."""
+"""Runs that fail by their learning rate, with and without a monitor that acts, and the best they could do.
+
+``python -m tests.callbacks.governed_runs`` rewrites the table of docs/actions.md.
+"""
 
 import math
 import statistics
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler
+from tqdm import tqdm
 
 from eos_monitor import EdgeOfStabilityMonitor
+from tests.benchmarks.tables import Table, write
 from tests.callbacks.runs import CLASSES, FEATURES, mlp
 
 SAMPLES = 384
@@ -230,3 +237,27 @@ def _rates(run: Run) -> list[float]:
         if scheduler is not None:
             scheduler.step()
     return rates
+
+
+def holds(run: Run, folder: Path, seed: int = 0) -> bool:
+    """Whether a monitor that acts brings the run to within 1.5 × of the best fixed learning rate."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CyclicLR and SequentialLR warn of themselves
+        losses, monitor, _ = fit(run, folder, seed, actions=("cap-lr", "restore"), dry_run=False)
+    assert monitor.actions
+    return final(losses) <= 1.5 * best(run, seed)
+
+
+def table(seeds: Sequence[int], folder: Path) -> Table:
+    rows = []
+    for seed in seeds:
+        names = tqdm(RUNS.items(), desc=f"seed {seed}")
+        failed = sum(fails(loop(run, run.lr, scheduled=True, seed=seed)) for run in RUNS.values())
+        held = sum(holds(run, folder / f"{seed}-{name}", seed) for name, run in names)
+        rows.append([seed, f"{failed} of {len(RUNS)}", f"{held} of {len(RUNS)}"])
+    return Table("governed", ["seed", "fail without", "end within 1.5 × of the best with"], rows)
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as runs:
+        write([table((0, 1, 2), Path(runs))], Path(__file__).parents[2] / "docs" / "actions.md")
