@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -14,30 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eos_monitor.curvature.hessian import FiniteDifferenceStep, HessianOperator, SumOverRanks
-from eos_monitor.curvature.lanczos import Spectrum, lanczos_recycled
+from eos_monitor.curvature.lanczos import Spectrum
 from eos_monitor.curvature.sandbox import LossFn, Sandbox, preserve_rng
 from eos_monitor.curvature.twin import as_list, trained_parameters
 from eos_monitor.stability.edge_scale import edge_scale, shortened
+from eos_monitor.stability.edge_solver import AUDIT_EVERY, EdgeOperator, StartVectors, WarmSolver
 from eos_monitor.stability.reading import Measurement, StabilityReading
 from eos_monitor.stability.state_gauges import with_state_gauges
 from eos_monitor.stability.thresholds import CriticalCurvature, critical_curvature, learning_rates
 
-# A cold start stopped at 1e-3 sat on the second eigenvalue of {1, 0.98, bulk} in 4 of 200 seeded runs (n = 2,000), at
-# 3e-4 and 1e-4 in none; the tighter stop costs one or two products, once per run.
-_COLD_RTOL = 1e-4
-# A warm solve is stopped at this share of rtol: where two eigenvalues cross, a mixture of both modes passes a looser
-# stop. Along four MLP trajectories through the edge 41 of 1,220 readings stopped at 1e-2 were 1 to 4 % low, at 4e-3
-# none (the largest error 0.5 %), for 1.3 products more on average.
-_WARM_SHARE = 0.4
-# An edge ratio below this is nothing: λ_max ≈ 0 has no relative accuracy to reach.
-_ATOL = 1e-6
-# A critical curvature below this share of the median counts as this share.
-_DEAD = 1e-12
-_AUDIT_EVERY = 10
 _PARTS = 8
 _NEAR_EDGE = 0.75
 _MOST_MODES = 16
-_AUDIT_PRODUCTS = 8
 
 
 class Gauge:
@@ -71,9 +58,9 @@ class Gauge:
             raise ValueError(f"Expected 0 < `rtol` < 1, got {rtol}.")
         self._all_at_edge, self._rtol, self._max_matvecs = k == "edge", rtol, max_matvecs
         self._method, self._raw, self._batch_size_fn = method, raw_sharpness, batch_size_fn
-        self._random = _Random(seed)
-        self._edge_solver = _WarmSolver(least, rtol, max_matvecs, self._random)
-        self._raw_solver = _WarmSolver(1, rtol, max_matvecs, self._random)
+        self._random = StartVectors(seed)
+        self._edge_solver = WarmSolver(least, rtol, max_matvecs, self._random)
+        self._raw_solver = WarmSolver(1, rtol, max_matvecs, self._random)
         self.modes: Tensor | None = None  # (n, k), of the last reading, in parameter space
         self.check_note: str | None = None
         self.products_are_wrong = False
@@ -163,7 +150,7 @@ class Gauge:
         optimizers: Sequence[Optimizer],
     ) -> tuple[StabilityReading, Tensor | None]:
         assert curvature.c is not None
-        edge = _EdgeOperator(operator, curvature)
+        edge = EdgeOperator(operator, curvature)
         if operator.method == "fd" and operator.step is None:
             operator.step = operator.calibrate(self._random.vector(operator))
         spectrum, matvecs = self._solve_edge(edge)
@@ -175,10 +162,10 @@ class Gauge:
         eigenvalues = tuple(spectrum.eigenvalues.tolist())
         r, residual = eigenvalues[0], float(spectrum.residuals[0])
         sampling = self._sampling_error(operator, edge, spectrum, reading.full_batch)
-        scale_solver = _WarmSolver(1, self._rtol, self._max_matvecs, self._random, self._edge_solver.block)
+        scale_solver = WarmSolver(1, self._rtol, self._max_matvecs, self._random, self._edge_solver.block)
 
         def solve(there: CriticalCurvature) -> tuple[float, Tensor]:
-            edge = _EdgeOperator(operator, there)
+            edge = EdgeOperator(operator, there)
             again = scale_solver.solve(edge)
             return float(again.eigenvalues[0]), edge.scale * again.eigenvectors[:, 0]
 
@@ -200,7 +187,7 @@ class Gauge:
         )
         return reading, top
 
-    def _solve_edge(self, edge: _EdgeOperator) -> tuple[Spectrum, int]:
+    def _solve_edge(self, edge: EdgeOperator) -> tuple[Spectrum, int]:
         """Solve for the eigenvalues that were asked for; return the products too."""
         solver = self._edge_solver
         spectrum = solver.solve(edge)
@@ -221,7 +208,7 @@ class Gauge:
         ), matvecs
 
     def _sampling_error(
-        self, operator: HessianOperator, edge: _EdgeOperator, spectrum: Spectrum, full_batch: bool
+        self, operator: HessianOperator, edge: EdgeOperator, spectrum: Spectrum, full_batch: bool
     ) -> float | None:
         """RMS error of the top eigenvalue θ of a sample as an estimate of the whole's; None if the probe has < 8 parts.
 
@@ -233,7 +220,7 @@ class Gauge:
             return 0.0
         if theta <= 0.0:
             return None
-        if self._edge_solver.solves % _AUDIT_EVERY == 1:  # the relative error changes slowly
+        if self._edge_solver.solves % AUDIT_EVERY == 1:  # the relative error changes slowly
             try:
                 spread = operator.spread(spectrum.eigenvectors[:, 0], edge.scale, _PARTS)
             except Exception as error:  # a loss that needs whole batches still has a curvature
@@ -249,7 +236,7 @@ class Gauge:
     def _with_raw_sharpness(
         self, reading: StabilityReading, operator: HessianOperator, curvature: CriticalCurvature
     ) -> StabilityReading:
-        raw = _EdgeOperator(
+        raw = EdgeOperator(
             operator, replace(curvature, c=torch.ones_like(curvature.l2), l2=torch.zeros_like(curvature.l2))
         )
         spectrum = self._raw_solver.solve(raw)
@@ -384,86 +371,6 @@ def _prepared_everywhere(
     if failures:
         raise RuntimeError("Expected every process to have a probe, got a failure on another one.")
     return curvature, operator, int(samples)
-
-
-class _EdgeOperator:
-    """C^-½ (±H + W) C^-½ on the coordinates that have a threshold; the others are zero."""
-
-    def __init__(self, hessian: HessianOperator, curvature: CriticalCurvature) -> None:
-        assert curvature.c is not None
-        self.size, self.dtype, self.device = hessian.size, hessian.dtype, hessian.device
-        self.hessian, self._sign = hessian, curvature.sign
-        c, l2 = shortened(curvature.c.to(hessian.device)), shortened(curvature.l2.to(hessian.device, hessian.dtype))
-        least, most = (float(bound) for bound in torch.aminmax(c))
-        self.mask = None if math.isfinite(most) else torch.isfinite(curvature.c.to(hessian.device))  # None: all
-        if least < _DEAD * most:
-            # Dead units leave Adam's c near zero; so does the curvature there, and the floor keeps 0/0 out.
-            c = c.clamp(min=_DEAD * float(c[torch.isfinite(c)].median()))
-        # With bfloat16 parameters no residual gets below some 3e-4, a 25th of their rounding.
-        self.rounding = max(torch.finfo(p.dtype).eps for p in curvature.params)
-        self.scale = c.rsqrt().to(hessian.dtype)  # (n,) or (1,); 0 where c is infinite
-        self._l2 = l2 if bool(l2.any()) else None
-
-    def matvec(self, u: Tensor) -> Tensor:
-        v = self.scale * u
-        product = self.hessian.matvec(v)
-        if self._sign < 0:
-            product = -product
-        if self._l2 is not None:
-            product = product + self._l2 * v
-        return self.scale * product
-
-
-class _Random:
-    """A seeded generator that is made on first use: one that exists does not survive the way to a spawned process."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    @cached_property
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self._seed)
-
-    def vector(self, like: HessianOperator | _EdgeOperator) -> Tensor:
-        return torch.randn(like.size, generator=self.generator).to(like.device, like.dtype)
-
-
-class _WarmSolver:
-    """Eigen-solver that starts from the Ritz vectors of the solve before."""
-
-    def __init__(self, k: int, rtol: float, max_matvecs: int, random: _Random, block: Tensor | None = None) -> None:
-        self.k, self._rtol, self._max_matvecs, self._random = k, rtol, max_matvecs, random
-        self.block = block
-        self.matvecs = 0  # in all solves
-        self.solves = 0
-
-    def solve(self, operator: _EdgeOperator) -> Spectrum:
-        mask = operator.mask
-        warm = self.block is not None and self.block.shape[0] == operator.size
-        start = self.block.reshape(operator.size, -1).to(operator.device) if warm and self.block is not None else None
-        # A new top direction may be born outside the recycled block. A random vector alone would not show it: the
-        # block's own top pair has converged, and the solve would stop.
-        audit = warm and self.solves % _AUDIT_EVERY == _AUDIT_EVERY - 1
-        if start is None or audit:
-            fresh = self._random.vector(operator)[:, None]
-            # By rows, which is how the basis holds them.
-            start = fresh if start is None else torch.cat([start.to(operator.dtype).T, fresh.T]).T
-        tight = min(self._rtol, max(_COLD_RTOL, operator.rounding / 8))
-        step = operator.hessian.step
-        spectrum, self.block = lanczos_recycled(
-            operator,
-            start if mask is None else start * mask[:, None],
-            k=min(self.k, operator.size if mask is None else int(mask.sum())),
-            # No residual gets below the error of the products; beyond `rtol` that is no excuse.
-            rtol=max(_WARM_SHARE * self._rtol if warm else tight, min(2 * step.error, self._rtol) if step else 0.0),
-            atol=_ATOL,
-            max_matvecs=self._max_matvecs,
-            generator=self._random.generator,
-            explore=_AUDIT_PRODUCTS if audit else 0,
-        )
-        self.solves += 1
-        self.matvecs += spectrum.matvecs
-        return spectrum
 
 
 def _can_move(curvature: CriticalCurvature) -> bool:

@@ -112,7 +112,8 @@ class _Chunk:
         else:
             now = now.to(self._dtype)
             update = now - self._before
-        along = self._unknown if self.w is None else torch.dot(update, self.w.to(self._dtype))
+        # Not torch.dot: where the two start at different places of 16 bytes, MKL's takes eight times as long.
+        along = self._unknown if self.w is None else torch.mv(update[None], self.w.to(self._dtype))[0]
         at_random = torch.dot(update.index_select(0, self._picked), self._z)
         return torch.dot(update, update), torch.dot(now, now), along, at_random
 

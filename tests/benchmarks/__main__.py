@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from tests.benchmarks import memory, optimizers, overhead, peers, products, readings, steps
 from tests.benchmarks.tables import Progress, Table, write
@@ -37,6 +38,8 @@ def main() -> None:
         parser.error(f"Expected some of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}.")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    # OpenBLAS's threads wait actively: after an eigsh of SciPy's they doubled the CPU time of what was timed next.
+    threadpool_limits(1)
 
     began = time.perf_counter()
     tables = [Table("machine", ["machine", "Python", "torch", "threads"], [_machine()])]
