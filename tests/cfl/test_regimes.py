@@ -1,10 +1,8 @@
 """Shares of regimes against counts by plain forward hooks on a copy of the net."""
 
 import copy
-import os
 import pickle
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +16,7 @@ from torch import Tensor, nn
 
 from eos_monitor.cfl.regimes import ActivationRegimes
 from tests.cfl import regimes_run
-
-ROOT = Path(__file__).parents[2]
+from tests.launching import LIMIT, started
 
 
 def mean_output(module: Any, x: Any) -> Tensor:
@@ -328,15 +325,9 @@ def test_bad_updates_are_refused() -> None:
 
 
 def test_two_processes_give_what_one_gives_on_the_union(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(Path(regimes_run.__file__))]
-    both = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)]
-    try:
-        assert [process.wait(timeout=100) for process in both] == [0, 0]
-    finally:
-        for process in both:
-            process.kill()
-            process.wait()
+    command = [sys.executable, "-W", "ignore", regimes_run.__file__]
+    with started(*command, 0, tmp_path) as (one, said), started(*command, 1, tmp_path) as (other, _):
+        assert [process.wait(LIMIT) for process in (one, other)] == [0, 0], said()
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     union = ActivationRegimes(regimes_run.net())
     for rank in (0, 1):
