@@ -346,6 +346,7 @@ class _Hang(socketserver.BaseRequestHandler):
 
 class _Broken(socketserver.BaseRequestHandler):
     def handle(self) -> None:
+        self.request.settimeout(60)
         self.request.recv(65536)
         self.request.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 
@@ -357,7 +358,7 @@ def servers() -> Iterator[Any]:
     def open_server(handler: Any) -> str:
         server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)
         server.over = threading.Event()  # type: ignore[attr-defined]
-        server.daemon_threads = True
+        server.daemon_threads = False  # closing it waits for them
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         opened.append(server)
         return f"http://127.0.0.1:{server.server_address[1]}/hook"

@@ -1,11 +1,12 @@
 """What goes wrong in real runs: each fault leaves the run as it would be without the monitor, and is told once."""
 
 import importlib
+import signal
 import sys
 import time
 import warnings
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -476,6 +477,15 @@ def interrupted(module: Any, batch: Any) -> torch.Tensor:
     raise KeyboardInterrupt
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Give SIGINT back, which Lightning ignores from an interrupt on."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_keyboard_interrupt_in_a_reading_is_the_users(package: Any, tmp_path: Path) -> None:
     """It ends the run, as it would anywhere else, and the module is as it was."""
     module = plain_module()
