@@ -99,7 +99,7 @@ class MonitoredFit:
         self._companions: list[Companion] = []
         self._companions_seconds = 0.0
         self._followed = Followed(None)
-        self._steps: Steps | None = None  # from the start of training on
+        self._window: int | None = None  # the present step, once a batch has begun
         self._pending: Measurement | None = None  # taken before the present step
         self._finished: StabilityReading | None = None  # it, at the settings that the step uses
         self._step_begun = self._batch_ended = self._introduced = self._ending = False
@@ -160,7 +160,6 @@ class MonitoredFit:
 
     def start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock."""
-        self._window: int | None = None
         self._trained = [
             [type(optimizer).__name__, sum(p.numel() for group in optimizer.param_groups for p in group["params"])]
             for optimizer in trainer.optimizers
@@ -183,7 +182,6 @@ class MonitoredFit:
 
     def before_batch(self, batch: Any, batch_idx: int) -> None:
         """Measure, if this micro-batch opens an optimizer step at which a reading is due."""
-        assert self._steps is not None
         with self.engine.schedule.own_time():
             self._collect(batch, batch_idx)
             self._batch_idx = batch_idx
@@ -211,7 +209,6 @@ class MonitoredFit:
 
     def after_batch(self, outputs: Any) -> None:
         """Write the reading of this step, and take in its loss."""
-        assert self._steps is not None
         with self.engine.schedule.own_time():
             self._batch_ended = True
             self._collect_loss(outputs)
@@ -223,7 +220,6 @@ class MonitoredFit:
 
     def end(self) -> None:
         """Take a last reading if there is none yet or the budget has room, and draw the figure."""
-        assert self._steps is not None
         engine, step, self._ending = self.engine, _step(self._trainer), True
         with engine.schedule.own_time():
             self._write_leftover()
@@ -240,7 +236,7 @@ class MonitoredFit:
 
     def break_off(self) -> None:
         """Draw the figure of what there is."""
-        if self.engine.ranks.size == 1 and self._steps is not None:  # other processes may be gone
+        if self.engine.ranks.size == 1 and self._window is not None:  # other processes may be gone
             self._steps.flush()
         self._finish(_step(self._trainer))
 
@@ -337,7 +333,6 @@ class MonitoredFit:
         self._batch_ended = False
 
     def _write(self, reading: StabilityReading) -> None:
-        assert self._steps is not None
         self._pending = self._finished = None
         self._steps.flush()
         verdict = self.engine.take(reading, self._companions_seconds)
@@ -400,13 +395,11 @@ class MonitoredFit:
 
     def _aim(self) -> None:
         """Project updates on the critical mode that is followed now."""
-        assert self._steps is not None
         self._steps.aim(self._followed.direction, trained_parameters(self._trainer.optimizers))
 
     def _begin_step(self) -> None:
         if self._step_begun:
             return
-        assert self._steps is not None
         self._step_begun = True
         trainer, step = self._trainer, _step(self._trainer)
         self.actions.before_update(step, self._followed)
@@ -425,7 +418,6 @@ class MonitoredFit:
             )
 
     def _collect_loss(self, outputs: Any) -> None:
-        assert self._steps is not None
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
             # Lightning hands out the loss divided by the number of accumulated batches.
