@@ -1,4 +1,4 @@
-"""Measuring that may fail: told once, given up after three failures in a row, never raised."""
+"""Measuring that may fail: told once, given up after three failures in a row, never raised; and alike everywhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from eos_monitor.curvature.hessian import SumOverRanks
 
 _GIVE_UP_AFTER = 3
 _T = TypeVar("_T")
@@ -65,3 +67,25 @@ class Attempts:
         self.warn_once("failed", f"eos_monitor could not take a reading; training goes on. {what}")
         if self._failures >= _GIVE_UP_AFTER:
             self.turn_off(f"{_GIVE_UP_AFTER} readings in a row failed, the last with {what}")
+
+
+def everywhere(action: Callable[[], _T], sum_over_ranks: SumOverRanks | None, what: str) -> _T:
+    """Return what ``action`` returns on each process, or fail on every one: one that goes on alone waits for ever.
+
+    Args:
+        action: What to do; sums over the processes inside of it have to be met on all of them.
+        sum_over_ranks: Sum over the processes; None for one process.
+        what: What each of them needs, in words.
+
+    Raises:
+        RuntimeError: If it failed on another process; here its own error is raised.
+    """
+    try:
+        result = action()
+    except Exception:
+        if sum_over_ranks is not None:
+            sum_over_ranks(torch.ones(1))
+        raise
+    if sum_over_ranks is not None and float(sum_over_ranks(torch.zeros(1))) > 0.0:
+        raise RuntimeError(f"Expected every process to have {what}, got a failure on another one.")
+    return result

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from eos_monitor.curvature.hessian import SumOverRanks
 from eos_monitor.curvature.sandbox import LossFn, Sandbox
-from eos_monitor.stability.attempts import Attempts
+from eos_monitor.stability.attempts import Attempts, everywhere
 from eos_monitor.stability.detector import InstabilityDetector, Verdict
 from eos_monitor.stability.gauge import Gauge
 from eos_monitor.stability.reading import Measurement, StabilityReading
@@ -171,14 +171,11 @@ class Engine:
                 sum_over_ranks=self.ranks.sum,
             )
 
-        def attempt() -> Measurement:
-            return here() if self.ranks.sum is None else self._everywhere(here, self.ranks.sum)
-
         def smaller() -> bool:
             # Smaller micro-batches need less for their graphs; with several processes they would have to agree.
             return self.ranks.sum is None and self.samples.halve()
 
-        measurement = self._attempts.run(attempt, smaller)
+        measurement = self._attempts.run(lambda: everywhere(here, self.ranks.sum, "a reading"), smaller)
         if measurement is None:
             return None
         if self._gauge.products_are_wrong:
@@ -251,22 +248,6 @@ class Engine:
                 return False
             self._full_everywhere = full
         return self.off is None and self._full_everywhere
-
-    @staticmethod
-    def _everywhere(measure: Callable[[], Measurement], sum_over_ranks: SumOverRanks) -> Measurement:
-        """Measure on every process, or fail on every one: one that goes on alone waits for the others for ever."""
-        measurement: Measurement | None = None
-        failure: Exception | None = None
-        try:
-            measurement = measure()
-        except Exception as error:
-            failure = error
-        failures = float(sum_over_ranks(torch.tensor([float(failure is not None)]))[0])
-        if failure is not None:
-            raise failure
-        if failures or measurement is None:
-            raise RuntimeError("Expected a reading on every process, got a failure on another one.")
-        return measurement
 
     def _update(self, step: int, **inputs: Any) -> Verdict:
         detector = self.detector

@@ -16,6 +16,7 @@ from eos_monitor.curvature.hessian import FiniteDifferenceStep, HessianOperator,
 from eos_monitor.curvature.lanczos import Spectrum
 from eos_monitor.curvature.sandbox import LossFn, Sandbox, preserve_rng
 from eos_monitor.curvature.twin import as_list, trained_parameters
+from eos_monitor.stability.attempts import everywhere
 from eos_monitor.stability.edge_scale import edge_scale, shortened
 from eos_monitor.stability.edge_solver import AUDIT_EVERY, EdgeOperator, StartVectors, WarmSolver
 from eos_monitor.stability.reading import Measurement, StabilityReading
@@ -104,7 +105,10 @@ class Gauge:
                 sum_over_ranks=sum_over_ranks,
             )
 
-        curvature, operator, samples = _prepared_everywhere(prepare, sum_over_ranks)
+        curvature, operator = everywhere(prepare, sum_over_ranks, "a probe")
+        samples = operator.samples
+        if sum_over_ranks is not None:
+            samples = int(sum_over_ranks(torch.tensor([float(samples)])))
         reading = StabilityReading(
             step=step,
             loss=None,
@@ -353,24 +357,6 @@ def measure_stability(
             raise ValueError(f"Expected `v0` of shape ({n},) or ({n}, j), got {tuple(v0.shape)}.")
         gauge.start_from(v0)
     return gauge.measure(module, loss_fn, batches, optimizers, step=step, full_batch=full_batch).reading
-
-
-def _prepared_everywhere(
-    prepare: Callable[[], tuple[CriticalCurvature, HessianOperator]], sum_over_ranks: SumOverRanks | None
-) -> tuple[CriticalCurvature, HessianOperator, int]:
-    """Prepare a reading on every process, or fail on every one; return the samples of all too."""
-    try:
-        curvature, operator = prepare()
-    except Exception:
-        if sum_over_ranks is not None:
-            sum_over_ranks(torch.tensor([0.0, 1.0]))
-        raise
-    if sum_over_ranks is None:
-        return curvature, operator, operator.samples
-    samples, failures = sum_over_ranks(torch.tensor([float(operator.samples), 0.0])).tolist()
-    if failures:
-        raise RuntimeError("Expected every process to have a probe, got a failure on another one.")
-    return curvature, operator, int(samples)
 
 
 def _can_move(curvature: CriticalCurvature) -> bool:
