@@ -18,9 +18,9 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eos_monitor.curvature.batches import map_batch
-from eos_monitor.curvature.sandbox import LossFn, Sandbox, preserve_rng
-from eos_monitor.curvature.twin import as_list, trained_parameters, twin_optimizer
+from eos_monitor.isolation.batches import map_batch
+from eos_monitor.isolation.sandbox import LossFn, Sandbox, preserve_rng
+from eos_monitor.isolation.twin import as_list, trained_parameters, twin_optimizer
 
 AMPLIFYING, NEUTRAL, ATTENUATING = "amplifying", "neutral", "attenuating"
 DEAD, DIVERGED = "dead", "diverged"

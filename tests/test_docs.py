@@ -101,8 +101,8 @@ def _tables_of(page: str) -> dict[str, str]:
 
 
 def test_threshold_tables_are_what_the_rules_say() -> None:
-    """`python -m tests.stability.thresholds_page --formulas` writes them anew."""
-    from tests.stability.thresholds_page import formulas
+    """`python -m tests.limits.thresholds_page --formulas` writes them anew."""
+    from tests.limits.thresholds_page import formulas
 
     page = _tables_of("thresholds.md")
     for table in formulas():
@@ -128,7 +128,7 @@ def test_table_of_live_runs_has_every_run_in_use() -> None:
 
 
 def test_code_of_the_thresholds_page_prints_what_the_page_says(capsys: Any) -> None:
-    from eos_monitor.stability.thresholds import _RULES
+    from eos_monitor.limits.thresholds import _RULES
 
     torch.manual_seed(0)
     widths = (10, 32, 32, 3)

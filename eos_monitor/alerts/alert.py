@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from eos_monitor.stability.detector import Verdict
-from eos_monitor.stability.engine import Change
-from eos_monitor.stability.reading import StabilityReading
+from eos_monitor.readings.reading import StabilityReading
+from eos_monitor.verdicts.change import Change
+from eos_monitor.verdicts.detector import Verdict
 
 _ADVICE = {
     Verdict.EDGE: "This is where training usually settles; it is no failure.",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eos_monitor.alerts.alert import Alert
-from eos_monitor.stability.detector import Verdict
+from eos_monitor.verdicts.detector import Verdict
 
 Sink = Callable[[Alert], None]
 

@@ -12,14 +12,15 @@ from eos_monitor.alerts.alert import Alert
 from eos_monitor.callbacks.outputs import RunOutputs, group_names
 from eos_monitor.callbacks.rate_factors import RateFactors
 from eos_monitor.callbacks.snapshots import Snapshot, Snapshots
-from eos_monitor.stability.attempts import Attempts
-from eos_monitor.stability.detector import Verdict
-from eos_monitor.stability.engine import Change, Engine
-from eos_monitor.stability.followed import Followed
-from eos_monitor.stability.lr_governor import Cap, LrGovernor
-from eos_monitor.stability.reading import Measurement
-from eos_monitor.stability.steps import LOT
-from eos_monitor.stability.thresholds import learning_rates
+from eos_monitor.forecast.lr_governor import Cap, LrGovernor
+from eos_monitor.forecast.tracked_reading import TrackedReading
+from eos_monitor.limits.thresholds import learning_rates
+from eos_monitor.monitor.engine import Engine
+from eos_monitor.readings.guard import Attempts
+from eos_monitor.readings.reading import Measurement
+from eos_monitor.verdicts.change import Change
+from eos_monitor.verdicts.detector import Verdict
+from eos_monitor.verdicts.steps import LOT
 
 NAMES = ("stop", "checkpoint", "cap-lr", "restore")
 _REMEMBERED = 100  # actions that go into a checkpoint
@@ -128,7 +129,7 @@ class Actions:
         if "checkpoint" in self.names and (diverged or change.advisory == "jump-risk"):
             self._save = (change.step, "diverging" if diverged else "jump-risk")
 
-    def before_step(self, step: int, followed: Followed) -> Followed:
+    def before_step(self, step: int, followed: TrackedReading) -> TrackedReading:
         """Answer what was noticed; return the reading that is followed from now on."""
         if not self._acting:
             return followed
@@ -141,7 +142,7 @@ class Actions:
             return followed if restored is None else restored
         return followed
 
-    def keep(self, step: int, followed: Followed) -> None:
+    def keep(self, step: int, followed: TrackedReading) -> None:
         """Keep a state to go back to if that is due; after the reading of ``step``, if there is one."""
         if not self._acting or "restore" not in self.names or self.dry_run:
             return
@@ -157,7 +158,7 @@ class Actions:
         if self._acting:
             self._attempts.run(lambda: self._governor.measured(measurement, self._trainer.optimizers))
 
-    def before_update(self, step: int, followed: Followed) -> None:
+    def before_update(self, step: int, followed: TrackedReading) -> None:
         """Decide on the learning rates of the update of ``step``; to be called once a step."""
         if self._acting and self.names & {"cap-lr", "restore"}:
             self._attempts.run(lambda: self._govern(step, followed))
@@ -182,7 +183,7 @@ class Actions:
     def _acting(self) -> bool:
         return self._active and not self.released and self._attempts.off is None
 
-    def _govern(self, step: int, followed: Followed) -> None:
+    def _govern(self, step: int, followed: TrackedReading) -> None:
         optimizers = self._trainer.optimizers
         rates = learning_rates(optimizers)
         if "cap-lr" in self.names:
@@ -221,7 +222,7 @@ class Actions:
             self._trainer.save_checkpoint(folder / name)
             self._tell(step, "checkpoint", f"saved {folder / name}", noticed=came_up, path=str(folder / name))
 
-    def _answer(self, step: int, change: Change) -> Followed | None:
+    def _answer(self, step: int, change: Change) -> TrackedReading | None:
         """Go back to before the excursion, or stop."""
         began = change.step - (self._engine.detector.lateness or 0)
         if "restore" in self.names:
@@ -240,9 +241,9 @@ class Actions:
                 self._trainer.should_stop = True
         return None
 
-    def _restore(self, step: int, snapshot: Snapshot) -> Followed:
+    def _restore(self, step: int, snapshot: Snapshot) -> TrackedReading:
         optimizers = self._trainer.optimizers
-        restored: Followed
+        restored: TrackedReading
         snapshot.restore(self._module, optimizers)
         detector, restored, caps = snapshot.beside
         # The losses since belong to a run that is given up; the next ones are compared with those before.

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from eos_monitor.curvature.twin import trained_parameters
-from eos_monitor.stability.neighbours import clipped_ratio
-from eos_monitor.stability.steps import kind_of
+from eos_monitor.isolation.twin import trained_parameters
+from eos_monitor.limits.neighbours import clipped_ratio
+from eos_monitor.verdicts.steps import kind_of
 
 
 def clipped_edge_ratio(trainer: Any, edge_ratio: float | None) -> float | None:

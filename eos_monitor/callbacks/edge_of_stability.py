@@ -12,13 +12,13 @@ from eos_monitor.alerts.sinks import Sink, check_alerts
 from eos_monitor.callbacks._compat import Callback
 from eos_monitor.callbacks.actions import Actions
 from eos_monitor.callbacks.monitored_fit import FitSettings, MonitoredFit
-from eos_monitor.stability.detector import Verdict
-from eos_monitor.stability.engine import Engine
-from eos_monitor.stability.gauge import Gauge
-from eos_monitor.stability.reading import StabilityReading
+from eos_monitor.monitor.engine import Engine
+from eos_monitor.readings.gauge import Gauge
+from eos_monitor.readings.reading import StabilityReading
+from eos_monitor.verdicts.detector import Verdict
 
 if TYPE_CHECKING:
-    from eos_monitor.callbacks.companion import Companion
+    from eos_monitor.callbacks.attached_monitor import AttachedMonitor
 
 
 class EdgeOfStabilityMonitor(Callback):
@@ -143,7 +143,7 @@ class EdgeOfStabilityMonitor(Callback):
         check_alerts(alerts)
         self.name = name
         self.enabled = enabled
-        self.companions: list[Companion] = []  # monitors that measure on the same occasions
+        self.companions: list[AttachedMonitor] = []  # monitors that measure on the same occasions
         self._settings = FitSettings(
             name=name,
             loss_fn=loss_fn,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from eos_monitor.callbacks._compat import Callback, MisconfigurationException
-from eos_monitor.curvature.batches import split_batch
+from eos_monitor.isolation.batches import split_batch
 from eos_monitor.optim.relaxation import Relaxation
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from eos_monitor.callbacks._compat import MisconfigurationException
-from eos_monitor.curvature.sandbox import LossFn
+from eos_monitor.isolation.sandbox import LossFn
 
 
 class _TrainingStepLoss:

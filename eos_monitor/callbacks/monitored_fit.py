@@ -17,9 +17,7 @@ from eos_monitor.alerts.sinks import Sink
 from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.callbacks.actions import Actions
 from eos_monitor.callbacks.clipping import clipped_edge_ratio
-from eos_monitor.callbacks.look_ahead import LookAhead
 from eos_monitor.callbacks.losses import resolve_loss
-from eos_monitor.callbacks.occasion import Occasion
 from eos_monitor.callbacks.outputs import (
     RunOutputs,
     describe_optimizers,
@@ -28,20 +26,23 @@ from eos_monitor.callbacks.outputs import (
     group_names,
 )
 from eos_monitor.callbacks.ranks import ranks_of, unsupported
+from eos_monitor.callbacks.reading_context import ReadingContext
+from eos_monitor.callbacks.schedulers import TrainerSchedulers
 from eos_monitor.callbacks.trainer_sandbox import TrainerSandbox
 from eos_monitor.callbacks.verification import Verification, run_fingerprint
-from eos_monitor.curvature.fingerprint import Fingerprint
-from eos_monitor.curvature.twin import trained_parameters
 from eos_monitor.dashboard.report import run_report
-from eos_monitor.stability.engine import Change, Engine, Ranks
-from eos_monitor.stability.followed import Followed
-from eos_monitor.stability.lookahead import edge_ratio_at
-from eos_monitor.stability.reading import Measurement, StabilityReading
-from eos_monitor.stability.steps import Steps
-from eos_monitor.stability.thresholds import learning_rates
+from eos_monitor.forecast.lookahead import edge_ratio_at
+from eos_monitor.forecast.tracked_reading import TrackedReading
+from eos_monitor.isolation.fingerprint import Fingerprint
+from eos_monitor.isolation.twin import trained_parameters
+from eos_monitor.limits.thresholds import learning_rates
+from eos_monitor.monitor.engine import Engine, Ranks
+from eos_monitor.readings.reading import Measurement, StabilityReading
+from eos_monitor.verdicts.change import Change
+from eos_monitor.verdicts.steps import StepBuffer
 
 if TYPE_CHECKING:
-    from eos_monitor.callbacks.companion import Companion
+    from eos_monitor.callbacks.attached_monitor import AttachedMonitor
 
 _LOT = 16  # steps that are judged together where the budget sets the cadence
 _LOSS_POINTS = 4000  # kept for the figure; thinned out beyond
@@ -96,9 +97,9 @@ class MonitoredFit:
         self._settings, self._owner = settings, owner
         self._throttle = Throttle(settings.alert_cooldown)
         self._verification = Verification(settings.verify)
-        self._companions: list[Companion] = []
+        self._companions: list[AttachedMonitor] = []
         self._companions_seconds = 0.0
-        self._followed = Followed(None)
+        self._followed = TrackedReading(None)
         self._window: int | None = None  # the present step, once a batch has begun
         self._pending: Measurement | None = None  # taken before the present step
         self._finished: StabilityReading | None = None  # it, at the settings that the step uses
@@ -135,7 +136,7 @@ class MonitoredFit:
 
     # ------------------------------------------------------------------ hooks
 
-    def begin(self, trainer: Any, pl_module: Any, companions: Sequence[Companion]) -> None:
+    def begin(self, trainer: Any, pl_module: Any, companions: Sequence[AttachedMonitor]) -> None:
         """Check the configuration, write the layout, and get lazy initialization out of the way."""
         why_not = unsupported(trainer)
         if why_not:
@@ -174,7 +175,7 @@ class MonitoredFit:
                 )
                 self.engine.forget_verdict()
             self.engine.follow(trainer.optimizers)
-            self._ahead = LookAhead(trainer, pl_module)
+            self._ahead = TrainerSchedulers(trainer, pl_module)
             self._steps = self._follow_steps()
             self.actions.begin(trainer, pl_module, self.engine, self._outputs)
         self._trained_before = None
@@ -271,7 +272,7 @@ class MonitoredFit:
                 )
                 if measurement is not None:
                     self._companions_measure(batch, step, measurement)
-                    self._followed = Followed(measurement, self._followed)
+                    self._followed = TrackedReading(measurement, self._followed)
                     self.actions.measured(measurement)
                     self._aim()
                 return measurement
@@ -285,7 +286,7 @@ class MonitoredFit:
         began = time.perf_counter()
         for companion in self._companions:
             companion.take_part(
-                Occasion(
+                ReadingContext(
                     trainer=self._trainer,
                     pl_module=self._module,
                     loss_fn=self._loss,
@@ -377,10 +378,10 @@ class MonitoredFit:
 
     # ------------------------------------------------------------------ steps
 
-    def _follow_steps(self) -> Steps:
+    def _follow_steps(self) -> StepBuffer:
         engine, projections = self.engine, self._settings.projections
         exact = engine.schedule.every_n_steps is not None  # whoever sets the cadence has set the cost
-        return Steps(
+        return StepBuffer(
             trained_parameters(self._trainer.optimizers),
             self._take_step,
             movements=True if projections is None and exact else projections,

@@ -11,8 +11,8 @@ from eos_monitor.alerts.alert import Alert
 from eos_monitor.alerts.sinks import LogSink, Sink, sinks_of
 from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.dashboard.layout import custom_scalars_layout
-from eos_monitor.stability.engine import append_jsonl
-from eos_monitor.stability.reading import StabilityReading
+from eos_monitor.monitor.engine import append_jsonl
+from eos_monitor.readings.reading import StabilityReading
 
 # Row keys that every logger gets, in this order.
 _SCALARS = (

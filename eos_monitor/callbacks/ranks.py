@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eos_monitor.stability.engine import Ranks
+from eos_monitor.monitor.engine import Ranks
 
 
 def unsupported(trainer: Any) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from eos_monitor.curvature.sandbox import Sandbox
+from eos_monitor.isolation.sandbox import Sandbox
 
 _LOGGING = ("log", "log_dict", "print")
 _PLAIN = (str, int, float, bool, bytes, list, tuple, dict, set)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from eos_monitor.curvature.fingerprint import Fingerprint, fingerprint
-from eos_monitor.stability.engine import Engine
-from eos_monitor.stability.reading import Measurement
+from eos_monitor.isolation.fingerprint import Fingerprint, fingerprint
+from eos_monitor.monitor.engine import Engine
+from eos_monitor.readings.reading import Measurement
 
 _NAMED = 5
 

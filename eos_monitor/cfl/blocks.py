@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eos_monitor.curvature.sandbox import LossFn, Sandbox
+from eos_monitor.isolation.sandbox import LossFn, Sandbox
 
 _KEPT = 4  # gradient graphs; with more batches they are rebuilt at every product
 

@@ -21,7 +21,7 @@ from eos_monitor.cfl.calls import (
     Observer,
 )
 from eos_monitor.cfl.tracer import Tracer
-from eos_monitor.curvature.sandbox import LossFn, Sandbox
+from eos_monitor.isolation.sandbox import LossFn, Sandbox
 
 __all__ = [
     "ActivationCall",

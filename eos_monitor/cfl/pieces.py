@@ -20,7 +20,7 @@ from eos_monitor.cfl.layer_pieces import BatchStatistics, LayerPieces, Use
 from eos_monitor.cfl.linear_maps import WeightMap
 from eos_monitor.cfl.paper_bound import PaperBound, paper_bound
 from eos_monitor.cfl.regimes import RegimeCounter, row_slices
-from eos_monitor.curvature.sandbox import LossFn, Sandbox
+from eos_monitor.isolation.sandbox import LossFn, Sandbox
 
 _LAST = "last layer"
 _LEAK = 1e-6  # of a gradient that is where none should be; batched kernels leave exact zeros

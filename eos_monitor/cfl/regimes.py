@@ -13,7 +13,7 @@ from eos_monitor.cfl.activations import ACTIVATED, NOT_ACTIVATED, TRANSITIONING,
 from eos_monitor.cfl.calls import Capture, LayerCall
 from eos_monitor.cfl.capture import capture, layer_names
 from eos_monitor.cfl.layer_pieces import sum_of
-from eos_monitor.curvature.sandbox import LossFn, Sandbox
+from eos_monitor.isolation.sandbox import LossFn, Sandbox
 
 KINK_WIDTH = 0.1
 _SLICE = 1 << 17  # entries; what is computed for them stays in the cache

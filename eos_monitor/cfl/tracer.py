@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from eos_monitor.cfl.activations import Activation, is_activation, read_activation
 from eos_monitor.cfl.calls import LAYER_FUNCTIONS, ActivationCall, BatchNormCall, LayerCall, LossCall, Observer
 from eos_monitor.cfl.chains import ARITHMETIC, FOLLOWERS, Chain, extend
-from eos_monitor.curvature.sandbox import preserve_rng
+from eos_monitor.isolation.sandbox import preserve_rng
 
 _LOSSES = ("cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "mse_loss")
 _DROPOUTS = ("dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d")

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from eos_monitor.curvature.directional import StepAhead
 from eos_monitor.curvature.hessian import SumOverRanks
-from eos_monitor.curvature.sandbox import LossFn, Sandbox
+from eos_monitor.isolation.sandbox import LossFn, Sandbox
 
 _GROWTH = 4.0  # farthest that the search goes beyond what it has seen
 _VISIBLE = 4.0  # a first-order change below so many resolutions is no descent that could be seen

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from eos_monitor.curvature.gradient_graph import flatten
 from eos_monitor.curvature.hessian import HessianOperator, SumOverRanks
-from eos_monitor.curvature.sandbox import LossFn, Sandbox
-from eos_monitor.curvature.twin import as_list, proposed_update, trained_parameters
+from eos_monitor.isolation.sandbox import LossFn, Sandbox
+from eos_monitor.isolation.twin import as_list, proposed_update, trained_parameters
 
 METHODS = ("product", "forward")
 _SLICE = 1 << 18

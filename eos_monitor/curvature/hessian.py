@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eos_monitor.curvature.batches import batch_size, split_batch
 from eos_monitor.curvature.gradient_graph import GradientGraph, flatten
 from eos_monitor.curvature.precision import Widened
-from eos_monitor.curvature.sandbox import LossFn, Sandbox, check_loss, preserve_rng
+from eos_monitor.isolation.batches import batch_size, split_batch
+from eos_monitor.isolation.sandbox import LossFn, Sandbox, check_loss, preserve_rng
 
 METHODS = ("auto", "double-backward", "fd")
 SumOverRanks = Callable[[Tensor], Tensor]

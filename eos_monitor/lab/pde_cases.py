@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 
-from eos_monitor.stability.detector import InstabilityDetector, Verdict
-from eos_monitor.stability.reading import StabilityReading
+from eos_monitor.readings.reading import StabilityReading
+from eos_monitor.verdicts.detector import InstabilityDetector, Verdict
 
 Array = NDArray[np.float64]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 from torch.optim.sgd import sgd
 
+from eos_monitor.limits.thresholds import register_critical_curvature
 from eos_monitor.optim.checked import CheckedOptimizer
 from eos_monitor.optim.diffusion import (
     BOUNDARIES,
@@ -22,7 +23,6 @@ from eos_monitor.optim.diffusion import (
     shifts,
     stable_diffusion,
 )
-from eos_monitor.stability.thresholds import register_critical_curvature
 
 
 class Diffused(NamedTuple):

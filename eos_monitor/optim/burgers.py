@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eos_monitor.limits.thresholds import Limit, register_critical_curvature
 from eos_monitor.optim.relaxation import Closure, Part, Relaxation, descend, put
 from eos_monitor.optim.response import NOTE, first_unstable, grows, sgd_limit, spring_map
-from eos_monitor.stability.thresholds import Limit, register_critical_curvature
 
 
 class BurgersSGD(Relaxation):

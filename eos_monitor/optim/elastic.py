@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eos_monitor.limits.thresholds import Limit, register_critical_curvature
 from eos_monitor.optim.relaxation import Closure, Part, Relaxation, descend, put
 from eos_monitor.optim.response import NOTE, first_unstable, grows, sgd_limit, spring_map
-from eos_monitor.stability.thresholds import Limit, register_critical_curvature
 
 
 class ElasticSGD(Relaxation):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eos_monitor.limits.thresholds import Limit, register_critical_curvature
 from eos_monitor.optim.relaxation import Closure, Part, Relaxation, descend
 from eos_monitor.optim.response import NOTE, first_unstable, sgd_limit
-from eos_monitor.stability.thresholds import Limit, register_critical_curvature
 
 
 class EntropySGD(Relaxation):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eos_monitor.limits.thresholds import Limit, register_critical_curvature
 from eos_monitor.optim.relaxation import Closure, Part, Relaxation, gradient, put
 from eos_monitor.optim.response import sgd_limit
-from eos_monitor.stability.thresholds import Limit, register_critical_curvature
 
 
 class HeatSmoothing(Relaxation):

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from eos_monitor.limits.thresholds import register_critical_curvature
 from eos_monitor.optim.checked import CheckedOptimizer
 from eos_monitor.optim.response import sgd_limit
-from eos_monitor.stability.thresholds import register_critical_curvature
 
 _O = TypeVar("_O", bound=Optimizer)
 

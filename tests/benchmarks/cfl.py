@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from eos_monitor.cfl.gauge import CFLGauge
+from eos_monitor.cfl.tiers import CFLGauge
 from tests.benchmarks.clock import interleaved
 from tests.benchmarks.tables import Progress, Table, write
 from tests.cfl.layer_nets import COUPLED, NETS, dense_block, layer_weights, states, top_eigenvalue

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from eos_monitor import Verdict
-from eos_monitor.stability.jump_risk import _BOUNDS, class_of
+from eos_monitor.verdicts.jump_risk import _BOUNDS, class_of
 from tests.benchmarks import detector_baselines as baselines
 from tests.benchmarks.detector_scores import (
     JUMPS,

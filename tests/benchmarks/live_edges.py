@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eos_monitor.stability.gauge import Gauge
+from eos_monitor.readings.gauge import Gauge
 from tests.benchmarks.problems import digits
 
 STEPS = 2000

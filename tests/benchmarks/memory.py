@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from eos_monitor.stability.gauge import Gauge
+from eos_monitor.readings.gauge import Gauge
 from tests.benchmarks.problems import CASES
 from tests.benchmarks.tables import Progress, Table
 

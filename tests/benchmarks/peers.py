@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eos_monitor.curvature.hessian import HessianOperator
 from eos_monitor.curvature.lanczos import lanczos
-from eos_monitor.stability.gauge import Gauge
+from eos_monitor.readings.gauge import Gauge
 from tests.benchmarks.clock import cpu_seconds, timed
 from tests.benchmarks.problems import CASES, Problem
 from tests.benchmarks.tables import Progress, Table

@@ -6,9 +6,9 @@ from statistics import median
 
 import torch
 
-from eos_monitor.curvature.sandbox import Sandbox
-from eos_monitor.stability.gauge import Gauge
-from eos_monitor.stability.reading import StabilityReading
+from eos_monitor.isolation.sandbox import Sandbox
+from eos_monitor.readings.gauge import Gauge
+from eos_monitor.readings.reading import StabilityReading
 from tests.benchmarks.clock import cpu_seconds, interleaved, timed
 from tests.benchmarks.problems import CASES, Problem
 from tests.benchmarks.products import engine_and_build

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from eos_monitor.stability.motion import Motion
+from eos_monitor.verdicts.projector import UpdateProjector
 from tests.benchmarks.clock import interleaved
 from tests.benchmarks.optimizers import peak
 from tests.benchmarks.overhead import BATCH_HOOKS, TimedMonitor
@@ -118,10 +118,10 @@ def _updates() -> Table:
         torch.manual_seed(0)
         params = [p.detach() for p in build().parameters()]
         copies, n = [torch.empty_like(p) for p in params], sum(p.numel() for p in params)
-        motion = Motion(params)
+        motion = UpdateProjector(params)
         motion.aim(torch.randn(n))
 
-        def follow(motion: Motion = motion) -> None:
+        def follow(motion: UpdateProjector = motion) -> None:
             motion.before()
             motion.after()
 

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from eos_monitor import CFLMonitor, EdgeOfStabilityMonitor
-from eos_monitor.cfl.gauge import CFLGauge
+from eos_monitor.cfl.tiers import CFLGauge
 from tests.callbacks.distributed_run import Net, Rows
 from tests.callbacks.runs import CLASSES, FEATURES, everything
 

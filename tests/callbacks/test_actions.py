@@ -18,8 +18,8 @@ from torch import nn
 from eos_monitor import EdgeOfStabilityMonitor, JSONLinesSink, Verdict, WebhookSink
 from eos_monitor.callbacks.rate_factors import RateFactors
 from eos_monitor.callbacks.snapshots import Snapshot, Snapshots
-from eos_monitor.stability.engine import append_jsonl
-from eos_monitor.stability.lr_governor import LrGovernor
+from eos_monitor.forecast.lr_governor import LrGovernor
+from eos_monitor.monitor.engine import append_jsonl
 from tests.callbacks.runs import NAMESPACES, Case, differences, mlp, run
 
 ALL = ("stop", "checkpoint", "cap-lr", "restore")

@@ -17,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from eos_monitor import CFLMonitor, EdgeOfStabilityMonitor, Verdict, estimate_cfl
-from eos_monitor.cfl.gauge import CFLGauge
-from eos_monitor.stability.engine import Change, Engine
+from eos_monitor.cfl.tiers import CFLGauge
+from eos_monitor.monitor.engine import Engine
+from eos_monitor.verdicts.change import Change
 from tests.callbacks import cfl_run
 from tests.callbacks.runs import NAMESPACES, Case, differences, make_logger, mlp, run
 from tests.launching import run_script

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from eos_monitor import EdgeOfStabilityMonitor, Verdict
-from eos_monitor.callbacks.occasion import Occasion
-from eos_monitor.callbacks.perturbation import PerturbationMonitor
+from eos_monitor.callbacks.perturbation_monitor import PerturbationMonitor
+from eos_monitor.callbacks.reading_context import ReadingContext
 from eos_monitor.perturbation import relative_l1
 from tests.callbacks.runs import CLASSES, FEATURES, NAMESPACES, Case, differences, mlp, run
 
@@ -184,7 +184,7 @@ def test_each_step_is_measured_once_and_restraint_when_it_begins() -> None:
 
     def meet(step: int, verdict: Verdict) -> None:
         done = monitor._done
-        monitor.measure(Occasion(Trainer(), None, None, [], step, None, None, verdict, lambda n: None))  # type: ignore[arg-type]
+        monitor.measure(ReadingContext(Trainer(), None, None, [], step, None, None, verdict, lambda n: None))  # type: ignore[arg-type]
         if monitor._done != done:
             taken.append(step)
 

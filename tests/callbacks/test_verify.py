@@ -22,10 +22,10 @@ import eos_monitor.callbacks.monitored_fit as callback
 from eos_monitor import EdgeOfStabilityMonitor
 from eos_monitor.callbacks.verification import Verification
 from eos_monitor.curvature import fingerprint as fingerprints
-from eos_monitor.curvature.digests import WordSum
-from eos_monitor.curvature.fingerprint import Fingerprint, fingerprint
-from eos_monitor.stability.engine import Engine, Ranks
-from eos_monitor.stability.gauge import Gauge
+from eos_monitor.isolation.digests import WordSum
+from eos_monitor.isolation.fingerprint import Fingerprint, fingerprint
+from eos_monitor.monitor.engine import Engine, Ranks
+from eos_monitor.readings.gauge import Gauge
 from tests.callbacks.runs import CLASSES, FEATURES, NAMESPACES, mlp
 from tests.callbacks.runs import run as run_case
 from tests.callbacks.test_identity import CASES, fresh
@@ -476,7 +476,7 @@ def test_what_is_too_large_is_named_and_bounded(monkeypatch: pytest.MonkeyPatch)
         return b""
 
     monkeypatch.setattr(fingerprints, "bytes_digest", counted)
-    monkeypatch.setattr("eos_monitor.curvature.digests.bytes_digest", counted)
+    monkeypatch.setattr("eos_monitor.isolation.digests.bytes_digest", counted)
     rows, chain = list(range(fingerprints.MAX_ENTRIES + 1)), Box()
     for _ in range(100):
         chain = Box(next=chain)

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from eos_monitor.cfl.blocks import HessianBlocks
-from eos_monitor.cfl.gauge import CFLGauge, estimate_cfl
-from eos_monitor.curvature.sandbox import Sandbox
+from eos_monitor.cfl.tiers import CFLGauge, estimate_cfl
+from eos_monitor.isolation.sandbox import Sandbox
 from tests.cfl.layer_nets import NETS, dense_block, layer_weights, make, top_eigenvalue, train
 
 

@@ -11,12 +11,12 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from eos_monitor.cfl.capture import capture
-from eos_monitor.cfl.gauge import CFLGauge
 from eos_monitor.cfl.layer_pieces import LayerPieces
 from eos_monitor.cfl.linear_maps import WeightMap
 from eos_monitor.cfl.pieces import Pieces, Request, take_apart
+from eos_monitor.cfl.tiers import CFLGauge
 from eos_monitor.curvature.lanczos import lanczos
-from eos_monitor.curvature.sandbox import Sandbox
+from eos_monitor.isolation.sandbox import Sandbox
 from tests.cfl.layer_nets import (
     COUPLED,
     NETS,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eos_monitor.cfl.gauge import CFLGauge, estimate_cfl
+from eos_monitor.cfl.tiers import CFLGauge, estimate_cfl
 from tests.cfl.layer_nets import COUPLED, NETS, dense_block, layer_weights, make, states, top_eigenvalue, train
 
 LR = 0.05

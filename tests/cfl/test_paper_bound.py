@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eos_monitor.cfl.capture import capture
-from eos_monitor.cfl.gauge import estimate_cfl
 from eos_monitor.cfl.paper_bound import paper_bound
-from eos_monitor.curvature.sandbox import Sandbox
+from eos_monitor.cfl.tiers import estimate_cfl
+from eos_monitor.isolation.sandbox import Sandbox
 from tests.cfl.layer_nets import NETS, make
 
 A = -0.5  # of the linear equation, with β = 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from eos_monitor.curvature.batch_sharpness import batch_sharpness, batch_sharpness_limits
-from eos_monitor.curvature.fingerprint import fingerprint
+from eos_monitor.isolation.fingerprint import fingerprint
 from tests.nets import Problem, dense_hessian, make, mean_loss, squared_error
 
 Pair = tuple[Tensor, Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eos_monitor.curvature.critical_learning_rate import critical_learning_rate
 from eos_monitor.curvature.directional import directional_ratio
-from eos_monitor.curvature.fingerprint import fingerprint
+from eos_monitor.isolation.fingerprint import fingerprint
 from tests.nets import Problem, make, mean_loss
 
 Build = Callable[[Any], torch.optim.Optimizer]

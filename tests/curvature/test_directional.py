@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eos_monitor.curvature.directional import directional_ratio
-from eos_monitor.curvature.fingerprint import fingerprint
+from eos_monitor.isolation.fingerprint import fingerprint
 from tests.nets import Problem, dense_hessian, make, mean_loss
 
 N = 6

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, TensorDataset
 
 from eos_monitor import HessianOperator, lanczos, measure_stability
-from eos_monitor.curvature.batches import batch_size
+from eos_monitor.isolation.batches import batch_size
 from tests.nets import (
     PROBLEMS,
     Checkpointed,

@@ -1,0 +1,65 @@
+"""What a Trainer's schedulers will have set some steps from now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from eos_monitor.forecast.lookahead import Position, Settings, SettingsAhead
+from eos_monitor.readings.guard import Attempts
+
+_HORIZON = 5  # steps in which a rise of the learning rate is looked for
+_ASKED = 8
+
+
+class TrainerSchedulers:
+    """Follows the schedulers that a Trainer steps; under manual optimization the user does, and nothing is known.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+    """
+
+    def __init__(self, trainer: Any, pl_module: Any) -> None:
+        self._trainer = trainer
+        self._rates: list[float] = []  # of the present step and of those to come
+        self._attempts = Attempts("looking ahead at what schedulers will set")
+        self._ahead = (
+            SettingsAhead(trainer.lr_scheduler_configs, trainer.optimizers)
+            if pl_module.automatic_optimization and trainer.lr_scheduler_configs
+            else None
+        )
+
+    def after(self, steps: int, batch_idx: int) -> Settings | None:
+        """Return the settings ``steps`` optimizer steps after the one that micro-batch ``batch_idx`` belongs to.
+
+        None where nothing is scheduled, or it cannot be known. To be asked before the schedulers are stepped.
+        """
+        ahead, trainer = self._ahead, self._trainer
+        if ahead is None or self._attempts.off is not None:
+            return None
+        return self._attempts.run(lambda: ahead.after(steps, _position(trainer, batch_idx)))
+
+    def highest_rate(self, batch_idx: int) -> float | None:
+        """Return the highest learning rate of the first group in the next five steps; None if it is not known.
+
+        To be asked once a step: eight are asked for at once, and again after four or when the present one is another.
+        """
+        ahead, trainer = self._ahead, self._trainer
+        if ahead is None or self._attempts.off is not None:
+            return None
+        now = _first_rate(trainer.optimizers)
+        if len(self._rates) > _HORIZON + 1 and self._rates[1] == now:
+            self._rates.pop(0)
+        else:
+            found = self._attempts.run(lambda: ahead.rates(_ASKED, _position(trainer, batch_idx)))
+            self._rates = [now, *(found or ())]
+        return max(self._rates[1 : _HORIZON + 1], default=None)
+
+
+def _position(trainer: Any, batch_idx: int) -> Position:
+    return Position(batch_idx, trainer.current_epoch, trainer.num_training_batches, trainer.accumulate_grad_batches)
+
+
+def _first_rate(optimizers: Sequence[Any]) -> float:
+    return float(optimizers[0].param_groups[0]["lr"])

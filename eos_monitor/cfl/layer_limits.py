@@ -1,0 +1,133 @@
+"""What an optimizer asks of one layer: its critical curvature there, and the learning rate at which it is met."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from eos_monitor.limits.edge_scale import shortened
+from eos_monitor.limits.thresholds import CriticalCurvature, critical_curvature
+
+_DEAD = 1e-12  # a critical curvature below this share of the median counts as this share
+
+
+@dataclass(frozen=True)
+class LayerLimit:
+    """One weight's part of C and W.
+
+    Attributes:
+        scale: Diagonal of C^-½, ``(n,)``, or ``(1,)`` where it is one number; 0 where there is no threshold.
+        l2: Coupled weight decay, ``(n,)`` or ``(1,)``.
+        sign: −1 where the loss is maximized.
+        lr: Learning rate of the weight's group; None without an optimizer.
+        threshold: Limit of lr·λ_max(P⁻¹(H + W)), None if the groups have none in common.
+        law: ``(a, b)`` with c(t·lr) = c · (a/t + b); None if c does not follow such a law.
+    """
+
+    scale: Tensor
+    l2: Tensor
+    sign: int
+    lr: float | None
+    threshold: float | None
+    law: tuple[float, float] | None
+
+    def curvature(self, r: float) -> float:
+        """Return λ_max of the block from that of C^-½ (H + W) C^-½: preconditioned, if C is not one number."""
+        if self.lr is None:
+            return r
+        if len(self.scale) == len(self.l2) == 1:
+            return r / float(self.scale) ** 2 - float(self.l2)
+        return math.nan if self.threshold is None else r * self.threshold / self.lr
+
+    def lr_max(self, r: float) -> float | None:
+        """Return the learning rate at which r would be 1; infinite where no rate is too high, None if not known."""
+        if self.lr is None:
+            return 2.0 / r if r > 0.0 else math.inf  # plain gradient descent
+        if self.law is None:
+            return None
+        a, b = self.law
+        # r = a/t + b
+        return self.lr * a / (r - b) if r > b else math.inf
+
+
+class Limits:
+    """Limits of all trained weights; plain gradient descent of an unknown learning rate without an optimizer.
+
+    Args:
+        optimizers: The optimizers in use.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._at: CriticalCurvature | None = None
+        self.why_not = ""
+        self._slices: dict[int, slice] = {}
+        self._lr: dict[int, float] = {}
+        if not optimizers:
+            return
+        self._at = critical_curvature(optimizers)
+        self._twice, self._half = (critical_curvature(optimizers, lr_scale=s).c for s in (2.0, 0.5))
+        sizes = [p.numel() for p in self._at.params]
+        for p, end, size in zip(self._at.params, accumulate(sizes), sizes, strict=True):
+            self._slices[id(p)] = slice(end - size, end)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                self._lr |= dict.fromkeys(map(id, group["params"]), float(group.get("lr", math.nan)))
+        if self._at.c is None:
+            self.why_not = f"no known threshold for {', '.join(self._at.without_threshold) or 'this optimizer'}"
+        elif not self._at.ready:
+            self.why_not = "the optimizer's state is too young"
+
+    @property
+    def params(self) -> tuple[Tensor, ...]:
+        """The trained parameters in the order of vectors; none without an optimizer."""
+        return () if self._at is None else self._at.params
+
+    def trains(self, parameter: Tensor) -> bool:
+        """Whether the parameter is trained."""
+        return parameter.requires_grad and (self._at is None or id(parameter) in self._slices)
+
+    def of(self, parameter: Tensor) -> LayerLimit | None:
+        """Return a weight's limit; None if the optimizer has none, or none yet."""
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        one = torch.ones(1, dtype=dtype, device=parameter.device)
+        if self._at is None:
+            return LayerLimit(one, torch.zeros_like(one), 1, None, 2.0, None)
+        if self.why_not or self._at.c is None:
+            return None
+        part = self._slices[id(parameter)]
+        c, l2 = (shortened(values[part]).to(parameter.device) for values in (self._at.c, self._at.l2))
+        if not bool(torch.isfinite(c).any()):
+            return None
+        if len(c) > 1:  # dead units leave Adam's c near zero; so does the curvature there
+            c = c.clamp(min=_DEAD * float(c[torch.isfinite(c)].median()))
+        return LayerLimit(
+            c.rsqrt().to(dtype),
+            l2.to(dtype),
+            self._at.sign,
+            self._lr[id(parameter)],
+            self._at.threshold,
+            self._law(part),
+        )
+
+    def _law(self, part: slice) -> tuple[float, float] | None:
+        assert self._at is not None
+        assert self._at.c is not None
+        if self._twice is None or self._half is None:
+            return None
+        now = self._at.c[part].double()
+        finite = torch.isfinite(now)
+        ratios = [values[part].double()[finite] / now[finite] for values in (self._twice, self._half)]
+        (low2, high2), (low, high) = (map(float, torch.aminmax(ratio)) for ratio in ratios)
+        # a/2 + b at twice the rate and a + b = 1 now; at half the rate it must be 2a + b.
+        a = 2.0 * (1.0 - high2)
+        b = 1.0 - a
+        follows = all(abs(x - (2.0 * a + b)) <= 1e-6 * abs(x) for x in (low, high)) and high2 - low2 <= 1e-6 * high2
+        if abs(b) < 5e-7:  # rounding of c ∝ 1/lr
+            a, b = 1.0, 0.0
+        return (a, b) if follows and a > 0.0 else None

@@ -1,0 +1,1 @@
+"""What comes next: schedules, first steps, learning rates."""

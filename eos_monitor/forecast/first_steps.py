@@ -1,0 +1,203 @@
+"""Copies of a module and its optimizers that take the first steps of a run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from eos_monitor.forecast.lookahead import Settings
+from eos_monitor.isolation.batches import clone_batch
+from eos_monitor.isolation.sandbox import LossFn
+from eos_monitor.isolation.twin import trained_parameters, twin_optimizer
+from eos_monitor.limits.thresholds import critical_curvature
+from eos_monitor.readings.gauge import Gauge
+from eos_monitor.readings.reading import StabilityReading
+
+Outcome = Literal["falls", "rises", "diverges", "dead"]
+
+# How far below the edge a warm-up is walked: readings every few steps, and an edge that moves between them.
+BELOW = 0.8
+_READINGS = 10
+# Fewer of the coordinates than this share still have a gradient: what is left are output biases.
+_DEAD = 0.1
+_FITTED = 1e-3
+_MOST_SETTLING = 5_000
+
+
+class FirstSteps:
+    """A copy of a module and its optimizers that takes full-batch steps."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: LossFn,
+        batches: Sequence[Any],
+        optimizers: Sequence[Optimizer],
+        rtol: float,
+        batch_size_fn: Callable[[Any], int],
+        full_batch: bool,
+    ) -> None:
+        try:
+            self.module = copy.deepcopy(module)
+        except Exception as error:
+            raise TypeError(
+                f"Expected a module that copy.deepcopy can copy, got {type(module).__name__}: {error} "
+                "Call preflight on the module as it is before its first step."
+            ) from error
+        stand_ins: dict[Tensor, Tensor] = dict(zip(module.parameters(), self.module.parameters(), strict=True))
+        outside = sum(p not in stand_ins for p in trained_parameters(optimizers))
+        if outside:
+            raise ValueError(f"Expected optimizers of the module's parameters, got {outside} from outside.")
+        self.optimizers = [twin_optimizer(optimizer, stand_ins) for optimizer in optimizers]
+        self.params = trained_parameters(self.optimizers)
+        self.loss_fn, self.batches, self.full_batch = loss_fn, batches, full_batch
+        self.batch_size_fn = batch_size_fn
+        sizes = [batch_size_fn(batch) for batch in batches]
+        self.samples = sum(sizes)
+        self.weights = [size / self.samples for size in sizes]
+        self.gauge = Gauge(rtol=rtol, batch_size_fn=batch_size_fn)
+        self.readings: list[StabilityReading] = []
+        self.losses: list[float] = []
+        self.gradients = self.settling = 0
+        self._alive: int | None = None  # coordinates with a gradient at the start
+        self._dead = False
+
+    def take(self, steps: int, schedule: Sequence[Settings | None]) -> None:
+        """Take the steps at the run's own settings, with readings between them."""
+        every = max(1, steps // _READINGS)
+        for step in range(steps + 1):
+            self._set(schedule[step])
+            going = self._differentiate() and not self._dead
+            if step == 0 and not math.isfinite(self.losses[0]):
+                raise ValueError(f"Expected a finite loss at initialization, got {self.losses[0]}.")
+            if step > 0 and not going:
+                return
+            if step % every == 0 or step == steps:
+                try:
+                    self._read(step)
+                except RuntimeError:  # derivatives overflow before the loss does
+                    if step == 0:
+                        raise
+            if not going:
+                return
+            if step < steps:
+                self._step()
+
+    def walk_up(self, steps: int, schedule: Sequence[Settings | None]) -> int | None:
+        """Take steps at 0.8 of the edge; return how many it took until the run's own settings are below the edge."""
+        every, scale = max(1, steps // _READINGS), 0.0
+        for step in range(steps + 1):
+            self._set(schedule[step])
+            if not self._differentiate() or self._dead:
+                return None
+            if step % every == 0 or step == steps:
+                try:
+                    reading = self._read(step)
+                except RuntimeError:
+                    return None
+                if reading.edge_ratio is None:
+                    return None
+                if reading.edge_ratio < 1.0:
+                    return step
+                if reading.edge_scale is None:
+                    return None
+                scale = BELOW * reading.edge_scale
+            if step < steps:
+                self._scale_rates(scale)
+                self._step()
+        return None
+
+    def ramp_up(self, warmup: int, steps: int, schedule: Sequence[Settings | None]) -> bool:
+        """Take a linear warm-up and ``steps`` steps after it; return whether the loss never rose above its start."""
+        for step in range(warmup + steps + 1):
+            self._set(schedule[0])
+            if not self._differentiate() or self._dead:
+                return False
+            self._scale_rates(min(1.0, (step + 1) / warmup))
+            self._step()
+        return self.outcome() == "falls"
+
+    @property
+    def matvecs(self) -> int:
+        """Hessian-vector products of all readings."""
+        return sum(reading.matvecs for reading in self.readings)
+
+    def outcome(self) -> Outcome:
+        """Say what became of the loss."""
+        if self._dead:
+            return "dead"
+        first = self.losses[0]
+        if not all(math.isfinite(loss) for loss in self.losses):
+            return "diverges"
+        rounding = 4 * max(torch.finfo(p.dtype).eps for p in self.params) * abs(first)
+        return "rises" if max(self.losses) > first + rounding else "falls"
+
+    def _differentiate(self) -> bool:
+        """Take the mean gradient over all batches; return whether the loss is finite."""
+        for p in self.params:
+            p.grad = None
+        total = 0.0
+        for weight, batch in zip(self.weights, self.batches, strict=True):
+            loss = weight * self.loss_fn(self.module, clone_batch(batch))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        self.gradients += 1
+        self.losses.append(total)
+        alive = sum(int((p.grad.to_dense() != 0).sum()) for p in self.params if p.grad is not None)
+        if self._alive is None:
+            self._alive = alive
+        # Without the loss gone, too: at a perfect fit there is no gradient either.
+        self._dead = alive <= _DEAD * self._alive and total > _FITTED * abs(self.losses[0])
+        return math.isfinite(total)
+
+    def _step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def _read(self, step: int) -> StabilityReading:
+        """Take a reading; where the state is too young, of copies whose state is carried on at the present gradient."""
+        optimizers, settling = self.optimizers, 0
+        curvature = critical_curvature(optimizers)
+        if not curvature.ready or (curvature.c is None and not curvature.without_threshold):
+            kept = [p.detach().clone() for p in self.params]
+            optimizers = [twin_optimizer(optimizer, {p: p for p in self.params}) for optimizer in optimizers]
+            rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+            _set_rates(optimizers, [[0.0 for _ in row] for row in rates])
+            while not critical_curvature(optimizers).ready and settling < _MOST_SETTLING:
+                for optimizer in optimizers:
+                    optimizer.step()
+                settling += 1
+            _set_rates(optimizers, rates)
+            with torch.no_grad():  # at a learning rate of 0 few optimizers move them, but some do
+                for p, value in zip(self.params, kept, strict=True):
+                    p.copy_(value)
+        reading = self.gauge.measure(
+            self.module, self.loss_fn, self.batches, optimizers, step=step, full_batch=self.full_batch
+        ).reading
+        if not self.readings:
+            self.settling = settling
+        self.readings.append(reading)
+        return reading
+
+    def _set(self, settings: Settings | None) -> None:
+        for optimizer, news in zip(self.optimizers, settings or (), strict=True):
+            for group, new in zip(optimizer.param_groups, news, strict=True):
+                group.update({key: value for key, value in new.items() if key not in ("lr", "steps_ahead")})
+        _set_rates(self.optimizers, [[new["lr"] for new in news] for news in settings or ()])
+
+    def _scale_rates(self, scale: float) -> None:
+        rates = [[scale * float(group["lr"]) for group in o.param_groups] for o in self.optimizers]
+        _set_rates(self.optimizers, rates)
+
+
+def _set_rates(optimizers: Sequence[Optimizer], rates: Sequence[Sequence[Any]]) -> None:
+    for optimizer, row in zip(optimizers, rates, strict=True):
+        for group, lr in zip(optimizer.param_groups, row, strict=True):
+            # Capturable optimizers want their tensor.
+            group["lr"] = torch.full_like(group["lr"], float(lr)) if isinstance(group["lr"], Tensor) else float(lr)

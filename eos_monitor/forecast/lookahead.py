@@ -1,0 +1,365 @@
+"""What schedulers will set, and the edge ratio there, before they do."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import random
+import types
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from eos_monitor.isolation.sandbox import preserve_rng
+from eos_monitor.limits.edge_scale import Solve, bend, quadratic_form
+from eos_monitor.limits.thresholds import critical_curvature
+from eos_monitor.readings.reading import Measurement, common_factor
+
+# for each optimizer, for each group: what will be other than it is, as `critical_curvature(settings=…)` takes it
+Settings = list[list[dict[str, Any]]]
+
+_LONGEST = 64
+# The mode turns by about the bend, over the relative gap, and r changes by the square: below 1e-4, a hundredth of what
+# a reading is asked for.
+_SMALL_BEND = 1e-2
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A scheduler, and how often a loop steps it. Lightning's ``lr_scheduler_configs`` have the same fields.
+
+    Attributes:
+        scheduler: The live scheduler.
+        interval: ``"step"`` (after optimizer steps) or ``"epoch"`` (after the last one of an epoch).
+        frequency: Step it only where the number of batches in the epoch so far, or of epochs, is a multiple of this.
+    """
+
+    scheduler: Any
+    interval: str = "step"
+    frequency: int = 1
+
+
+class Position(NamedTuple):
+    """Where in its epochs a loop is.
+
+    Attributes:
+        batch: Index of the micro-batch in the epoch; in a loop without epochs, of the step.
+        epoch: Index of the epoch.
+        batches: Micro-batches in an epoch; infinite where that is not known.
+        accumulate: Micro-batches to one optimizer step; the last one of an epoch always steps.
+    """
+
+    batch: int
+    epoch: int = 0
+    batches: float = math.inf
+    accumulate: int = 1
+
+    def stepping(self) -> Position:
+        """Return the position of the next optimizer step, this one included."""
+        batch = (self.batch // self.accumulate + 1) * self.accumulate - 1
+        batch = int(min(batch, max(self.batches - 1, self.batch)))
+        return Position(batch, self.epoch, self.batches, self.accumulate)
+
+    def following(self) -> Position:
+        """Return the position of the optimizer step after the one that is taken here."""
+        ends = self.batch + 1 >= self.batches
+        batch = 0 if ends else self.batch + 1
+        return Position(batch, self.epoch + ends, self.batches, self.accumulate).stepping()
+
+    def moves(self, entry: Any) -> bool:
+        """Whether a scheduler is stepped after the optimizer step that is taken here."""
+        if entry.interval == "epoch":
+            return self.batch + 1 >= self.batches and (self.epoch + 1) % entry.frequency == 0
+        return bool((self.batch + 1) % entry.frequency == 0)
+
+
+class SettingsAhead:
+    """Says the settings that schedulers will have made n optimizer steps from now.
+
+    They are read off a twin: copies of the schedulers, stepped on optimizers that have copied ``param_groups`` and
+    neither parameters nor state. The twin runs many steps ahead at once; as long as the live settings and the
+    schedulers' counters are those that it went through, :meth:`after` only looks them up. Settings made by hand, or a
+    resumed state, start a new twin.
+
+    Schedulers, the functions that they call (with their closures), callable objects, built-in containers, tensors and
+    generators are copied. Other state that a function keeps (globals, objects behind a closure, modules) is shared: a
+    schedule that advances a counter there is advanced by the twin.
+
+    Args:
+        schedulers: Schedulers stepped after each optimizer step, or objects like :class:`Scheduled`. The sequence is
+            kept, and read anew each time.
+        optimizers: The optimizers in use.
+
+    Attributes:
+        why_not: Why there is no answer beyond the last step known, in words; None if nothing is in the way.
+
+    Example:
+        >>> import torch
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.4)
+        >>> ahead = SettingsAhead([torch.optim.lr_scheduler.StepLR(sgd, step_size=2, gamma=0.5)], [sgd])
+        >>> [ahead.after(n, Position(0))[0][0]["lr"] for n in (1, 2, 4)]
+        [0.4, 0.2, 0.1]
+    """
+
+    def __init__(self, schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> None:
+        self._schedulers, self._optimizers = schedulers, optimizers
+        self._of: list[Any] = []  # the schedulers that the block is of
+        self._block: list[_State] = []  # one an optimizer step, the first as it was found
+        self._places: dict[Position, int] = {}
+        self._length = 1
+        self.why_not: str | None = None
+
+    def after(self, n: int, position: Position) -> Settings | None:
+        """Return what the settings will be after ``n`` more optimizer steps and what is scheduled between them.
+
+        None if that cannot be known: a scheduler waits for a metric, is over by then, or its epoch has no known end.
+        Each group has ``lr``, whatever else differs from now, and ``steps_ahead`` = n, by which the step count of an
+        optimizer's state will have grown.
+
+        Args:
+            n: Optimizer steps, at least 0.
+            position: That of the optimizer step to come; the schedulers have not been stepped after it yet.
+        """
+        if n < 0:
+            raise ValueError(f"Expected `n` >= 0, got {n}.")
+        live, block, index = self._reach(n, position)
+        if index + n >= len(block):
+            return None
+        then = block[index + n]
+        return [
+            [
+                {key: value for key, value in new.items() if key == "lr" or key not in old or value != old[key]}
+                | {"steps_ahead": n}
+                for new, old in zip(news, olds, strict=True)
+            ]
+            for news, olds in zip(then.groups, live.groups, strict=True)
+        ]
+
+    def rates(self, n: int, position: Position) -> list[float]:
+        """Return the learning rates of the first group after 1 … ``n`` more optimizer steps, as far as they are known.
+
+        Args:
+            n: Optimizer steps.
+            position: As for :meth:`after`.
+        """
+        _, block, index = self._reach(n, position)
+        return [float(state.groups[0][0]["lr"]) for state in block[index + 1 : index + n + 1]]
+
+    def _reach(self, n: int, position: Position) -> tuple[_State, list[_State], int]:
+        """Return the live state, and a run of states of which that one is at the index, ``n`` beyond it if known."""
+        position = position.stepping()
+        entries = [entry if hasattr(entry, "scheduler") else Scheduled(entry) for entry in self._schedulers]
+        live = _State.of(self._optimizers, [entry.scheduler for entry in entries])
+        index = self._find(position, live, entries)
+        if index is None:
+            self._length = 1  # settings made by hand at each step must not cost a long run each
+        elif index + n >= len(self._block) and self.why_not is None:
+            self._length, index = min(_LONGEST, 2 * self._length), None
+        if index is None:
+            self._predict(position, live, entries, max(n, self._length))
+            index = 0
+        return live, self._block, index
+
+    def _find(self, position: Position, live: _State, entries: Sequence[Any]) -> int | None:
+        of = [entry.scheduler for entry in entries]
+        if len(of) != len(self._of) or any(a is not b for a, b in zip(of, self._of, strict=True)):
+            return None
+        index = self._places.get(position)
+        return index if index is not None and self._block[index] == live else None
+
+    def _predict(self, position: Position, live: _State, entries: Sequence[Any], steps: int) -> None:
+        self._of, self._block = [entry.scheduler for entry in entries], [live]
+        self._places = {position: 0}
+        self.why_not = _why_not(entries, position)
+        if self.why_not is not None:
+            return
+        try:
+            with preserve_rng():
+                memo: dict[int, Any] = {}
+                twins = [_copied(entry.scheduler, memo) for entry in entries]
+                optimizers = [_copied(optimizer, memo) for optimizer in self._optimizers]
+                for _ in range(steps):
+                    for interval in ("step", "epoch"):
+                        for entry, twin in zip(entries, twins, strict=True):
+                            if entry.interval == interval and position.moves(entry):
+                                twin.step()
+                    position = position.following()
+                    self._places[position] = len(self._block)
+                    self._block.append(_State.of(optimizers, twins))
+        except Exception as error:  # whatever a scheduler of the user's raises must not end the run now
+            self.why_not = f"A scheduler cannot be stepped further: {error}"
+
+
+def edge_ratio_at(
+    measurement: Measurement, optimizers: Sequence[Optimizer], settings: Settings | None, solve: Solve | None = None
+) -> float | None:
+    """Return the edge ratio that a measurement would have at other settings, with the same Hessian.
+
+    With r and its mode x, xᵀ C x = 1: r / (xᵀ C' x), which is exact where C' is a multiple of C. Where it bends by more
+    than a hundredth, the eigenproblem is solved again; without ``solve``, and where the settings are not known, there
+    is no edge, or the decay changes too, None.
+
+    Args:
+        measurement: The measurement.
+        optimizers: The optimizers that it was taken of.
+        settings: What will differ, from :meth:`SettingsAhead.after`.
+        solve: Critical curvature -> edge ratio and mode there.
+    """
+    r, mode, before = measurement.reading.edge_ratio, measurement.mode, measurement.curvature
+    if settings is None or r is None or mode is None or before.c is None:
+        return None
+    there = critical_curvature(optimizers, settings=settings)
+    if there.c is None or not bool((there.c > 0.0).all()):
+        return None
+    if not bool(torch.isfinite(there.c).any()):
+        return 0.0  # nothing will move
+    s = common_factor(before, there)
+    if s is not None:
+        return s * r
+    known = torch.isfinite(before.c)
+    same = torch.equal(before.l2, there.l2) and torch.equal(known, torch.isfinite(there.c))
+    if same and bend(before.c, there.c) <= _SMALL_BEND:
+        return r / quadratic_form(there.c.to(mode.device), mode)
+    return None if solve is None else solve(there)[0]
+
+
+@dataclass(frozen=True)
+class _State:
+    """What can be compared between the live schedulers and the twin."""
+
+    groups: list[list[dict[str, Any]]]
+    counters: list[Any]
+
+    @staticmethod
+    def of(optimizers: Sequence[Optimizer], schedulers: Sequence[Any]) -> _State:
+        groups = [[_numbers(group) for group in optimizer.param_groups] for optimizer in optimizers]
+        return _State(groups, [_counters(scheduler) for scheduler in schedulers])
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+    numbers = {}
+    for key, value in group.items():
+        kind = type(value)
+        # Nearly all there is, asked first: this runs for each group at each step.
+        if kind is float or kind is bool or kind is int:
+            numbers[key] = value
+        elif value is not None and key not in ("params", "param_names"):
+            several = isinstance(value, (tuple, list))
+            plain = [
+                float(x) if isinstance(x, Tensor) and x.numel() == 1 else x for x in (value if several else (value,))
+            ]
+            if all([isinstance(x, (int, float)) for x in plain]):
+                numbers[key] = tuple(plain) if several else plain[0]
+    return numbers
+
+
+def _counters(scheduler: Any) -> list[Any]:
+    own = vars(scheduler)
+    nested = [_counters(scheduler) for scheduler in own.get("_schedulers", ())]
+    return [own.get("last_epoch"), own.get("_step_count"), own.get("T_cur"), own.get("T_i"), *nested]
+
+
+def _why_not(entries: Sequence[Any], position: Position) -> str | None:
+    for entry in entries:
+        name = type(entry.scheduler).__name__
+        if isinstance(entry.scheduler, ReduceLROnPlateau) or getattr(entry, "reduce_on_plateau", False):
+            return f"{name} waits for a metric."
+        if entry.interval == "epoch" and position.batches == math.inf:
+            return f"{name} is stepped at the end of an epoch whose length is not known."
+    return None
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy what a schedule can change by being stepped, once each.
+
+    Not by copy.deepcopy: it keeps functions with their closures, and follows a bound method to the whole module.
+    """
+    if value is None or isinstance(value, (bool, int, float, str, bytes, type, nn.Module)):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    copies = next((make for kinds, make in _COPIES if isinstance(value, kinds)), None)
+    if copies is not None:
+        memo[id(value)] = copies(value, memo)
+    elif hasattr(value, "__dict__") and (isinstance(value, LRScheduler) or callable(value) or hasattr(value, "step")):
+        memo[id(value)] = duplicate = copy.copy(value)
+        duplicate.__dict__.update({key: _copied(item, memo) for key, item in vars(value).items()})
+    else:
+        memo[id(value)] = value
+    return memo[id(value)]
+
+
+def _copied_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
+    """Return an optimizer of the same class with the same settings, no parameters, and no state."""
+    memo[id(optimizer)] = twin = type(optimizer).__new__(type(optimizer))
+
+    def step() -> None:
+        """Schedulers look whether the optimizer's step is wrapped and was called."""
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    groups = [{key: _copied(item, memo) for key, item in g.items() if key != "params"} for g in optimizer.param_groups]
+    twin.__dict__.update(
+        defaults=_copied(optimizer.defaults, memo),
+        state=defaultdict(dict),
+        param_groups=[group | {"params": []} for group in groups],
+        step=step,
+        _opt_called=True,
+    )
+    return twin
+
+
+def _copied_container(value: Any, memo: dict[int, Any]) -> Any:
+    memo[id(value)] = duplicate = copy.copy(value)  # before its items, so that cycles end
+    for key, item in value.items() if hasattr(value, "items") else enumerate(value):
+        duplicate[key] = _copied(item, memo)
+    return duplicate
+
+
+def _copied_tuple(value: Any, memo: dict[int, Any]) -> Any:
+    items = [_copied(item, memo) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def _copied_function(value: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    cells = value.__closure__ or ()
+    fresh = [memo.setdefault(id(cell), types.CellType()) for cell in cells]
+    duplicate = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, tuple(fresh))
+    memo[id(value)] = duplicate  # before what it holds: a function can be in its own closure
+    duplicate.__defaults__, duplicate.__kwdefaults__ = (
+        _copied(value.__defaults__, memo),
+        _copied(value.__kwdefaults__, memo),
+    )
+    duplicate.__dict__.update(_copied(vars(value), memo))
+    for cell, new in zip(cells, fresh, strict=True):
+        try:
+            new.cell_contents = _copied(cell.cell_contents, memo)
+        except ValueError:  # a name that is not bound yet
+            continue
+    return duplicate
+
+
+def _copied_partial(value: functools.partial[Any], memo: dict[int, Any]) -> functools.partial[Any]:
+    keywords = {key: _copied(item, memo) for key, item in value.keywords.items()}
+    return functools.partial(_copied(value.func, memo), *(_copied(item, memo) for item in value.args), **keywords)
+
+
+_COPIES: list[tuple[Any, Callable[[Any, dict[int, Any]], Any]]] = [
+    (Optimizer, _copied_optimizer),
+    (Tensor, lambda value, memo: value.detach().clone()),
+    ((list, dict, OrderedDict, defaultdict, Counter, deque), _copied_container),
+    (tuple, _copied_tuple),
+    (types.FunctionType, _copied_function),
+    (types.MethodType, lambda value, memo: types.MethodType(value.__func__, _copied(value.__self__, memo))),
+    (functools.partial, _copied_partial),
+    (torch.Generator, lambda value, memo: value.clone_state()),
+    ((set, np.ndarray), lambda value, memo: copy.copy(value)),
+    ((random.Random, np.random.Generator, np.random.RandomState), lambda value, memo: copy.deepcopy(value)),
+]

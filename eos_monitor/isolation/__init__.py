@@ -1,0 +1,1 @@
+"""A module's loss runs, and nothing of the module changes."""

@@ -1,0 +1,227 @@
+"""Run a module's loss and leave no trace.
+
+Nothing that is live gets written. References are swapped: every sub-module's attributes are replaced by copies for the
+time of an evaluation and the original objects are put back, never copied back (a copy would bump the version counters
+that a live autograd graph checks). Parameters are replaced by detached tensors that share their storage, so that
+neither ``.grad`` nor any gradient hook of the user is reached; backward hooks of modules are left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from eos_monitor.isolation.batches import clone_batch, map_batch
+
+LossFn = Callable[[Any, Any], Tensor]  # loss_fn(module, batch) -> scalar mean loss
+
+_CONTAINERS = (list, deque, dict, OrderedDict, defaultdict, Counter)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+
+
+class Sandbox:
+    """Context in which a module's loss can be evaluated again and again from one and the same state.
+
+    Each evaluation starts from the module's state at that moment: buffers, attributes, metric states and counters are
+    fresh copies, and the generators of torch, NumPy and Python are re-seeded, so that dropout masks agree between
+    evaluations. On exit all of them are as they were. Attention runs on the math kernel and compiled functions run
+    eagerly, because fused and compiled backwards cannot be differentiated twice; autocast is off.
+
+    What cannot be isolated: objects behind attributes other than tensors, arrays, generators and built-in containers.
+
+    Args:
+        module: Module whose sub-modules are isolated.
+        overrides: Attributes set on sub-modules during an evaluation (a no-op ``log``, say), as a function of the
+            sub-module.
+        seed: Seed of every evaluation.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        overrides: Callable[[nn.Module], Mapping[str, Any]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        scripted = [name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+        if scripted:
+            raise TypeError(
+                f"Expected eager sub-modules, got TorchScript in {scripted[0] or 'the root'!r}, whose parameters "
+                "cannot be swapped. Pass the module from before scripting."
+            )
+        self._module, self._overrides, self._seed = module, overrides, seed
+        self._originals: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._parameters: list[Tensor] = []  # the live ones: during an evaluation the module holds stand-ins
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Sandbox:
+        with ExitStack() as stack:
+            # An inference-mode caller could not record a graph at all.
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for kind in {p.device.type for p in self._module.parameters()} | {"cpu"}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(_eager())
+            if _cuda_is_live():
+                # cuDNN's recurrent kernels have no double backward.
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(preserve_rng())
+            self._originals = [(m, dict(m.__dict__)) for m in self._module.modules()]
+            self._parameters = list(self._module.parameters())
+            stack.callback(self._restore)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def evaluate(
+        self,
+        loss_fn: LossFn,
+        batch: Any,
+        parameters: Mapping[Tensor, Tensor],
+        *,
+        stream: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return ``loss_fn(module, batch)`` with ``parameters`` in the place of the module's own.
+
+        Args:
+            loss_fn: Function of the module and a batch.
+            batch: Any batch; a copy of it is passed.
+            parameters: Live parameter -> tensor to use. Those that are not named enter detached, as constants.
+            stream: Number of the random stream (one per micro-batch, so that their dropout masks differ).
+            dtype: Floating-point type that buffers, attributes and the batch are cast to; None leaves them.
+        """
+        memo: dict[int, Any] = {id(p): _cast(p.detach(), dtype) for p in self._parameters}
+        memo |= {id(live): stand_in for live, stand_in in parameters.items()}
+        for module, original in self._originals:
+            _replace_attributes(module, {name: _copy(value, memo, dtype) for name, value in original.items()})
+        for module, _ in self._originals:
+            # Backward hooks watch training's own backward passes, and a reading is full of others.
+            module.__dict__.update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
+            module.__dict__.update(self._overrides(module) if self._overrides else {})
+        _seed_everything(self._seed + stream)
+        return loss_fn(self._module, map_batch(clone_batch(batch), lambda x: _cast(x, dtype)))
+
+    def _restore(self) -> None:
+        for module, original in self._originals:
+            _replace_attributes(module, original)
+        self._originals = []
+
+
+def check_loss(loss: Any, *, finite: bool = True) -> Tensor:
+    """Return a loss as a scalar, or say why it is none."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise RuntimeError(f"Expected the loss to be a scalar tensor, got {got}.")
+    if finite and not bool(torch.isfinite(loss.detach())):
+        raise RuntimeError(f"Expected a finite loss, got {float(loss.detach())}.")
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise RuntimeError("Expected a loss that depends on the parameters, got a constant.")
+    return loss.reshape(())
+
+
+@contextmanager
+def preserve_rng() -> Iterator[None]:
+    """Put the global generators of torch, NumPy and Python back on exit."""
+    cpu, legacy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    # Touching CUDA before the user does would initialise it.
+    cuda = torch.cuda.get_rng_state_all() if _cuda_is_live() else None
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        np.random.set_state(legacy)  # noqa: NPY002
+        random.setstate(python)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
+def _cuda_is_live() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _seed_everything(seed: int) -> None:
+    # torch.manual_seed would also queue a seed for a CUDA that is initialised later.
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
+    if _cuda_is_live():
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    # Nothing can be compiled before torch._dynamo is imported, and that import takes seconds.
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _replace_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> None:
+    # Not by setattr: modules, metrics and compiled modules override it.
+    module.__dict__.clear()
+    module.__dict__.update(attributes)
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.to(dtype)
+
+
+def _copy(value: Any, memo: dict[int, Any], dtype: torch.dtype | None) -> Any:
+    """Copy tensors, arrays, generators and built-in containers, once each; anything else is shared."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes, type)):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) in _CONTAINERS:
+        memo[id(value)] = duplicate = copy.copy(value)
+        # An index is the key of a list or deque; entered before its items are copied, so that cycles end.
+        for key, item in value.items() if hasattr(value, "items") else enumerate(value):
+            duplicate[key] = _copy(item, memo, dtype)
+        return duplicate
+    memo[id(value)] = duplicate = _copy_leaf(value, memo, dtype)
+    return duplicate
+
+
+def _copy_leaf(value: Any, memo: dict[int, Any], dtype: torch.dtype | None) -> Any:
+    if isinstance(value, Tensor):
+        if nn.parameter.is_lazy(value):
+            return value
+        return _cast(value.detach().clone(), dtype).requires_grad_(value.requires_grad)
+    if isinstance(value, tuple):
+        items = [_copy(item, memo, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if type(value) in (set, bytearray):
+        return copy.copy(value)
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    if isinstance(value, _GENERATORS):
+        return copy.deepcopy(value)
+    return value

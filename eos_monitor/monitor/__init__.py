@@ -1,0 +1,1 @@
+"""Readings and verdicts around a training loop."""

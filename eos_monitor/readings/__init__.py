@@ -1,0 +1,1 @@
+"""One measurement of the edge ratio, and when the next one is due."""

@@ -1,0 +1,141 @@
+"""One reading: how far the optimizer in use is from its full-batch edge of stability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from eos_monitor.curvature.batch_sharpness import batch_sharpness_limits
+from eos_monitor.limits.edge_scale import edge_scale_along
+from eos_monitor.limits.thresholds import CriticalCurvature, critical_curvature, learning_rates
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityReading:
+    """How far from the full-batch edge of stability one step was. What was not measured is None.
+
+    Attributes:
+        step: Optimizer step that the reading precedes.
+        loss: Mean loss over the probe.
+        lr: Learning rate of each parameter group.
+        sharpness: λ_max(H), the largest eigenvalue of the loss Hessian over the probe.
+        normalized_sharpness: ``edge_ratio · threshold``; lr·λ_max(H) for gradient descent without decay.
+        threshold: Limit of lr·λ_max(P⁻¹(H + W)) for this optimizer: 2 for gradient descent.
+        edge_ratio: λ_max(C^-½ (H + W) C^-½); 1 at the full-batch edge.
+        error: RMS error of ``edge_ratio`` as an estimate of its value on all data; numerical only where
+            ``sampling_error`` is None.
+        sampling_error: Part of ``error`` that comes from the probe being a sample.
+        residual: ``‖A v − θ v‖ / |θ|`` of the top eigenpair.
+        eigenvalues: The k largest eigenvalues of C^-½ (H + W) C^-½.
+        edge_scale: Factor on all learning rates at which ``edge_ratio`` would be 1; None if it is not positive.
+        edge_lr: ``edge_scale`` times each group's learning rate: the full-batch edge, no advice.
+        batch_sharpness: Sharpness along minibatch gradients, in units of curvature.
+        batch_sharpness_error: Its standard error.
+        batch_sharpness_limits: Where it settles under SGD with momentum γ: 2(1 − γ)/η for small batches and 2(1 + γ)/η
+            for large ones.
+        directional_ratio: uᵀHu / (−2 gᵀu) along the update u: a state gauge, blind before an oscillation has built up.
+        edge_ratio_clipped: Edge ratio at the learning rate that gradient clipping leaves; under Lightning, SGD family.
+        edge_ratio_next: Edge ratio at the settings that the scheduler will have set for the next step.
+        full_batch: Whether the probe is all the data that a step uses.
+        samples: Number of samples in the probe.
+        matvecs: Hessian-vector products of the solves; self-check and sampling error are not counted.
+        seconds: Wall-clock time of the reading.
+        method: How the products were computed.
+        converged: Whether the residuals met their tolerance; this does not certify that no larger eigenvalue exists.
+        stale: Whether the optimizer's settings changed between measurement and step in a way that cannot be followed.
+        ready: Whether the optimizer's state was old enough for an edge.
+        notes: What a reader should know of this reading, in words.
+    """
+
+    step: int
+    loss: float | None
+    lr: tuple[float, ...]
+    sharpness: float | None = None
+    normalized_sharpness: float | None = None
+    threshold: float | None = None
+    edge_ratio: float | None = None
+    error: float | None = None
+    sampling_error: float | None = None
+    residual: float | None = None
+    eigenvalues: tuple[float, ...] | None = None
+    edge_scale: float | None = None
+    edge_lr: tuple[float, ...] | None = None
+    batch_sharpness: float | None = None
+    batch_sharpness_error: float | None = None
+    batch_sharpness_limits: tuple[float, float] | None = None
+    directional_ratio: float | None = None
+    edge_ratio_clipped: float | None = None
+    edge_ratio_next: float | None = None
+    full_batch: bool = False
+    samples: int = 0
+    matvecs: int = 0
+    seconds: float = 0.0
+    method: str = "double-backward"
+    converged: bool = False
+    stale: bool = False
+    ready: bool = True
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A reading together with the critical curvature that it was taken at.
+
+    Attributes:
+        reading: The reading.
+        curvature: Critical curvature that it was taken at.
+        mode: Critical mode x in parameter space, xᵀ C x = 1; None without an edge ratio.
+    """
+
+    reading: StabilityReading
+    curvature: CriticalCurvature
+    mode: Tensor | None = None  # (n,)
+
+    def at(self, optimizers: Sequence[Optimizer]) -> StabilityReading:
+        """Return the reading for the optimizers' present settings.
+
+        If the critical curvature is c/s with one s for all coordinates, the edge ratio is s times the measured one,
+        exactly; otherwise the reading is marked stale.
+        """
+        reading, lr = self.reading, learning_rates(optimizers)
+        if reading.edge_ratio is None or self.mode is None:
+            return replace(reading, lr=lr)
+        now = critical_curvature(optimizers)
+        s = common_factor(self.curvature, now)
+        if s is None:
+            return replace(reading, stale=True)
+        ratio, scale = s * reading.edge_ratio, reading.edge_scale
+        if s != 1.0 and scale is not None:
+            scale = edge_scale_along(s**0.5 * self.mode, ratio, optimizers)
+        return replace(
+            reading,
+            lr=lr,
+            batch_sharpness_limits=None if reading.batch_sharpness is None else batch_sharpness_limits(optimizers),
+            edge_ratio=ratio,
+            eigenvalues=tuple(s * value for value in reading.eigenvalues or ()),
+            error=None if reading.error is None else s * reading.error,
+            sampling_error=None if reading.sampling_error is None else s * reading.sampling_error,
+            threshold=now.threshold,
+            normalized_sharpness=None if now.threshold is None else ratio * now.threshold,
+            edge_scale=scale,
+            edge_lr=None if scale is None else tuple(scale * value for value in lr),
+        )
+
+
+def common_factor(before: CriticalCurvature, now: CriticalCurvature) -> float | None:
+    """Return s with c_now = c_before / s for all coordinates, or None."""
+    if before.c is None or now.c is None or before.c.shape != now.c.shape or not torch.equal(before.l2, now.l2):
+        return None
+    if torch.equal(before.c, now.c):
+        return 1.0
+    known = torch.isfinite(before.c)
+    if not torch.equal(known, torch.isfinite(now.c)):
+        return None
+    factors = before.c[known].double() / now.c[known].double()
+    s = float(factors.median())
+    # c is stored in the parameters' precision.
+    return s if bool(((factors / s - 1).abs() <= 8 * torch.finfo(now.c.dtype).eps).all()) else None

@@ -1,0 +1,124 @@
+"""The data that readings are taken on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from eos_monitor.isolation.batches import batch_size, batch_tensors, clone_batch, move_batch, split_batch
+from eos_monitor.isolation.sandbox import preserve_rng
+
+_MAX_BYTES = 256 * 2**20
+PROBES = ("fixed", "batch")
+
+
+class ProbeSamples:
+    """Batches to measure on: fixed ones from the start of training, the current one, or the user's own.
+
+    Args:
+        probe: ``"fixed"``: copies of the first training batches, whole, on the CPU, until ``probe_samples`` or 256 MB
+            are reached; ``"batch"``: the batch of the step that is measured; or an iterable of batches.
+        probe_samples: Samples to collect, ≥ 1.
+        batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.
+    """
+
+    def __init__(
+        self,
+        probe: Any = "fixed",
+        probe_samples: int = 256,
+        batch_size_fn: Callable[[Any], int] | None = None,
+    ) -> None:
+        wanted = f"Expected `probe` to be one of {PROBES} or an iterable of batches, got"
+        if isinstance(probe, str):
+            if probe not in PROBES:
+                raise ValueError(f"{wanted} {probe!r}.")
+        elif not callable(getattr(probe, "__iter__", None)):
+            raise TypeError(f"{wanted} {type(probe).__name__}.")
+        if probe_samples < 1:
+            raise ValueError(f"Expected `probe_samples` >= 1, got {probe_samples}.")
+        self.kind = probe if isinstance(probe, str) else "given"
+        self.batches: list[Any] = []
+        self.samples = 0
+        self.seen = 0  # training batches collected, slices of one counted once
+        self.whole = True  # whether no collected batch was cut short
+        self._source = None if isinstance(probe, str) else probe
+        self._wanted = probe_samples
+        self._batch_size = batch_size_fn or batch_size
+        self._bytes = 0
+        self._closed = self._halved = False
+
+    @property
+    def full(self) -> bool:
+        """Whether readings can be taken."""
+        return self.kind != "fixed" or self._closed or self._enough()
+
+    def share(self, processes: int) -> None:
+        """Collect this process's part of the samples only."""
+        self._wanted = -(-self._wanted // processes)
+
+    def observe(self, batch: Any) -> None:
+        """Offer the next training batch."""
+        if self.kind == "fixed" and not self.full:
+            # Copied before the training step can edit it in place.
+            for piece in _slices(batch):
+                if self._enough():
+                    self.whole = False
+                    break
+                kept = move_batch(clone_batch(piece), "cpu")
+                self.batches.append(kept)
+                self.samples += self._batch_size(kept)
+                self._bytes += _bytes(kept)
+            self.seen += 1
+
+    def halve(self) -> bool:
+        """Split every batch in two, once; False if that was done before, or cannot be."""
+        halves = [split_batch(batch, 2) for batch in self.batches]
+        if self._halved or not halves or any(pair is None for pair in halves):
+            return False
+        self.batches, self._halved, self.whole = [half for pair in halves for half in pair or ()], True, False
+        return True
+
+    def close(self) -> None:
+        """There are no more batches to collect: an epoch or the run is over."""
+        self._closed = self._closed or bool(self.batches)
+
+    def on(self, device: torch.device, current: Any) -> list[Any]:
+        """Return the batches for a reading, on ``device``; ``current`` is the batch of the step to come."""
+        if self.kind == "batch":
+            return [] if current is None else [current]
+        if self._source is not None and not self.batches:
+            with preserve_rng():
+                self.batches = list(self._source)
+        return [move_batch(batch, device) for batch in self.batches]
+
+    def _enough(self) -> bool:
+        return self.samples >= self._wanted or self._bytes >= _MAX_BYTES
+
+    def describe(self) -> str:
+        """Return the probe in words."""
+        if self.kind == "batch":
+            return "the current batch"
+        if self.kind == "given":
+            return "the batches given"
+        return f"the first {self.samples} training samples"
+
+
+def _bytes(batch: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in batch_tensors(batch))
+
+
+def _slices(batch: Any) -> list[Any]:
+    """Cut a batch that is over the memory limit along the dimension that all its tensors share."""
+    parts = -(-_bytes(batch) // _MAX_BYTES)
+    if parts <= 1:
+        return [batch]
+    pieces = split_batch(batch, parts)
+    if pieces is None:
+        first = sorted({t.shape[0] if t.ndim else 0 for t in batch_tensors(batch)})
+        raise ValueError(
+            f"Expected a batch of at most {_MAX_BYTES >> 20} MB, or tensors that share their first dimension, got "
+            f"{_bytes(batch) >> 20} MB and first dimensions {first}. Pass smaller batches as `probe`."
+        )
+    return pieces

@@ -1,0 +1,432 @@
+"""The gauge in a plain PyTorch loop: it changes nothing, never raises, and tells what it saw."""
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from eos_monitor import StabilityProbe, StabilityReading, Verdict, measure_stability
+from eos_monitor.monitor.engine import Engine, Ranks, append_jsonl
+from eos_monitor.readings.gauge import Gauge
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def loss_fn(module: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def stream(n: int = 8, seed: int = 0) -> Callable[[], Any]:
+    g = torch.Generator().manual_seed(seed)
+    return lambda: (torch.randn(n, 4, generator=g), torch.randint(0, 3, (n,), generator=g))
+
+
+def train(
+    net: nn.Module,
+    optimizers: list[Optimizer],
+    steps: int,
+    probe: StabilityProbe | None = None,
+    *,
+    draw: Callable[[], Any] | None = None,
+    fed: bool = False,
+) -> list[StabilityReading | None]:
+    draw = draw or stream()
+    found = []
+    last = None
+    for _ in range(steps):
+        batch = draw()
+        if probe is not None:
+            found.append(probe.step(batch, last if fed else None))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = loss_fn(net, batch)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        last = loss.detach()
+    return found
+
+
+def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return build()
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], list[Optimizer]]] = {
+    "sgd": lambda net: [SGD(net.parameters(), lr=0.1, momentum=0.9)],
+    "adamw": lambda net: [AdamW(net.parameters(), lr=1e-2)],
+    "two": lambda net: [SGD(net.body[0].parameters(), lr=0.1), Adam(list(net.body.parameters())[2:], lr=1e-2)],
+}
+
+
+@pytest.mark.parametrize("cadence", [3, None], ids=["every-3", "automatic"])
+@pytest.mark.parametrize("kind", ["fixed", "batch"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_is_bit_identical(name: str, kind: str, cadence: int | None) -> None:
+    """Weights, buffers, optimizer state, gradients and generators, dropout included."""
+
+    def run(*, watched: bool) -> tuple[Any, ...]:
+        net = seeded(Net)
+        optimizers = OPTIMIZERS[name](net)
+        probe = None
+        if watched:
+            probe = StabilityProbe(
+                net, optimizers, loss_fn, every_n_steps=cadence, probe=kind, probe_samples=16, max_overhead=1.0
+            )
+        train(net, optimizers, 40, probe, fed=True)
+        assert probe is None or len(probe.readings) >= (1 if cadence is None else 2)
+        state = [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)]
+        gradients = [p.grad for p in net.parameters()]
+        return *net.state_dict().values(), *state, *gradients, torch.get_rng_state()
+
+    for a, b in zip(run(watched=False), run(watched=True), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_naive_reading_would_not_be() -> None:
+    """So the test above can fail: dropout's draws and batch norm's statistics move on."""
+    nets = []
+    for looks in (0, 1):
+        net = seeded(Net)
+        for _ in range(looks):
+            loss_fn(net, stream()()).backward()
+        train(net, [SGD(net.parameters(), lr=0.1)], 5)
+        nets.append(net.state_dict())
+    assert not all(torch.equal(nets[0][key], nets[1][key]) for key in nets[0])
+
+
+def test_readings_are_those_of_measure_stability() -> None:
+    net, batch = seeded(Net), stream(32)()
+    sgd = SGD(net.parameters(), lr=0.1)
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, full_batch=True)
+    found = probe.step(batch)
+    alone = measure_stability(net, loss_fn, [batch], sgd, full_batch=True)
+    assert found is not None
+    for field in ("edge_ratio", "sharpness", "normalized_sharpness", "loss", "lr", "samples", "threshold", "converged"):
+        assert getattr(found, field) == getattr(alone, field), field
+    assert probe.readings == [found]
+
+
+def test_steps_are_counted_and_filed() -> None:
+    net = seeded(Net)
+    sgd = SGD(net.parameters(), lr=0.1)
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=4, probe="batch")
+    found = train(net, [sgd], 10, probe)
+    assert [i for i, reading in enumerate(found) if reading is not None] == [0, 4, 8]
+    assert [reading.step for reading in probe.readings] == [0, 4, 8]
+    assert probe.overhead is not None
+    assert probe.overhead > 0.0
+
+
+@pytest.mark.parametrize(("wanted", "first", "samples"), [(8, 0, 8), (9, 1, 16), (40, 4, 40)])
+def test_first_reading_comes_when_the_fixed_probe_is_full(wanted: int, first: int, samples: int) -> None:
+    net = seeded(Net)
+    sgd = SGD(net.parameters(), lr=0.1)
+    probe = StabilityProbe(net, sgd, loss_fn, probe_samples=wanted)
+    train(net, [sgd], 6, probe)
+    assert (probe.readings[0].step, probe.readings[0].samples) == (first, samples)
+
+
+def test_probe_of_the_users_own() -> None:
+    net = seeded(Net)
+    sgd = SGD(net.parameters(), lr=0.1)
+    own = [stream(5, 1)(), stream(7, 2)()]
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, probe=own)
+    found = probe.step(stream()())
+    assert found is not None
+    assert found.samples == 12
+    assert found.loss == pytest.approx(measure_stability(net, loss_fn, own, sgd).loss)
+
+
+def test_fixed_probe_is_a_copy_of_the_batch_before_the_step() -> None:
+    """A loop that edits its batch in place does not edit the probe."""
+    net = seeded(Net)
+    sgd = SGD(net.parameters(), lr=0.1)
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, probe_samples=8)
+    batch = stream()()
+    first = probe.step(batch)
+    batch[0].fill_(0.0)
+    second = probe.step(batch)
+    assert first is not None
+    assert second is not None
+    assert first.loss == second.loss
+
+
+def test_full_batch_takes_the_first_batch_for_all_the_data() -> None:
+    net, batch = seeded(Net), stream(12)()
+    sgd = SGD(net.parameters(), lr=1e-3)
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, full_batch=True)
+    found = probe.step(batch)
+    assert found is not None
+    assert (found.full_batch, found.samples, probe.verdict) == (True, 12, Verdict.STABLE)
+
+
+def test_part_of_the_data_is_not_called_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch over the memory limit is cut: then the probe is a sample, and STABLE would be a guess."""
+    monkeypatch.setattr("eos_monitor.readings.samples._MAX_BYTES", 512)
+    net = seeded(Net)
+    probe = StabilityProbe(net, SGD(net.parameters(), lr=1e-3), loss_fn, every_n_steps=1, full_batch=True)
+    found = probe.step(stream(200)())
+    assert found is not None
+    assert found.samples < 200
+    assert not found.full_batch
+    assert probe.verdict is Verdict.UNKNOWN
+
+
+def test_minibatches_are_never_called_stable() -> None:
+    net = seeded(Net)
+    probe = StabilityProbe(net, SGD(net.parameters(), lr=1e-3), loss_fn, every_n_steps=1, probe_samples=8)
+    assert probe.step(stream()()) is not None
+    assert probe.verdict is Verdict.UNKNOWN
+
+
+def test_large_learning_rate_is_called_edge() -> None:
+    net = seeded(Net)
+    probe = StabilityProbe(net, SGD(net.parameters(), lr=100.0), loss_fn, every_n_steps=1, probe_samples=8)
+    probe.step(stream()())
+    assert probe.verdict is Verdict.EDGE
+
+
+def test_adam_warms_up_first() -> None:
+    net = seeded(Net)
+    adam = Adam(net.parameters(), lr=1e-3)
+    probe = StabilityProbe(net, adam, loss_fn, every_n_steps=10, probe_samples=8)
+    found = train(net, [adam], 31, probe)
+    assert [r.ready for r in found if r is not None] == [False, False, False, False]
+    assert probe.verdict is Verdict.WARMING_UP
+    train(net, [adam], 10, probe)
+    assert probe.readings[-1].ready
+    assert probe.readings[-1].edge_ratio is not None
+    assert probe.verdict is not Verdict.WARMING_UP
+
+
+def test_automatic_cadence_looks_again_soon_while_adam_warms_up() -> None:
+    net = seeded(Net)
+    adam = Adam(net.parameters(), lr=1e-3)
+    probe = StabilityProbe(net, adam, loss_fn, probe_samples=8)
+    train(net, [adam], 41, probe)
+    assert [r.step for r in probe.readings] == [0, 10, 20, 30, 40]
+    assert [r.ready for r in probe.readings] == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize("loss", [math.nan, torch.tensor(math.inf)], ids=["float", "tensor"])
+def test_loss_that_is_not_finite_is_diverging(loss: Any) -> None:
+    net = seeded(Net)
+    probe = StabilityProbe(net, SGD(net.parameters(), lr=0.1), loss_fn, every_n_steps=1000)
+    probe.step(stream()(), 1.0)
+    assert probe.verdict is Verdict.WARMING_UP
+    probe.step(stream()(), loss)
+    assert probe.verdict is Verdict.DIVERGING
+
+
+# Failures.
+
+
+def probe_with(loss: Callable[[Any, Any], Any], **arguments: Any) -> tuple[StabilityProbe, nn.Module, Optimizer]:
+    net = seeded(Net)
+    sgd = SGD(net.parameters(), lr=0.1)
+    return StabilityProbe(net, sgd, loss, **({"every_n_steps": 1, "probe_samples": 8} | arguments)), net, sgd
+
+
+def test_failing_loss_warns_once_and_is_off_after_three() -> None:
+    calls = []
+
+    def broken(module: Any, batch: Any) -> Tensor:
+        calls.append(1)
+        raise KeyError("labels")
+
+    probe, net, sgd = probe_with(broken)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = train(net, [sgd], 10, probe)
+    assert found == [None] * 10
+    assert len(calls) == 3
+    assert probe.readings == []
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == 2
+    assert "could not take a reading; training goes on. KeyError: 'labels'" in messages[0]
+    assert "test_probe.py:" in messages[0]
+    assert "stops measuring; training goes on. 3 readings in a row failed" in messages[1]
+
+
+def test_failures_that_are_not_in_a_row_do_not_turn_it_off() -> None:
+    calls = []
+
+    def flaky(module: Any, batch: Any) -> Tensor:
+        calls.append(1)
+        if probe._step % 3:
+            raise KeyError("now and then")
+        return loss_fn(module, batch)
+
+    probe, net, sgd = probe_with(flaky)
+    with pytest.warns(UserWarning, match="could not take a reading") as caught:
+        train(net, [sgd], 12, probe)
+    assert [r.step for r in probe.readings] == [2, 5, 8, 11]
+    assert len(caught) == 1
+
+
+def test_failing_reading_leaves_training_bit_identical() -> None:
+    def late(module: Any, batch: Any) -> Tensor:
+        loss_fn(module, batch)
+        raise RuntimeError("after the forward pass")
+
+    probe, net, sgd = probe_with(late)
+    with pytest.warns(UserWarning, match="after the forward pass"):
+        train(net, [sgd], 10, probe)
+    plain = seeded(Net)
+    train(plain, [SGD(plain.parameters(), lr=0.1)], 10)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), plain.state_dict().values(), strict=True))
+
+
+def test_wrong_products_turn_it_off_with_the_reason() -> None:
+    net = seeded(
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.Tanh(), nn.Linear(8, 3))
+    )
+    sgd = SGD(net.parameters(), lr=0.1)
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, probe_samples=8)
+    with pytest.warns(UserWarning, match="stops measuring.* differ from finite differences") as caught:
+        train(net, [sgd], 5, probe)
+    assert len(caught) == 1
+    assert len(probe.readings) == 1
+    assert probe.readings[0].edge_ratio is None
+    assert probe.verdict is Verdict.UNKNOWN
+
+
+def test_unconverged_reading_is_kept_marked_and_told_once() -> None:
+    net = nn.Linear(400, 3, bias=False)
+    x = torch.randn(500, 400, generator=torch.Generator().manual_seed(0))
+    sgd = SGD(net.parameters(), lr=0.1)
+    probe = StabilityProbe(net, sgd, lambda m, b: m(b).square().mean(), every_n_steps=1, probe=[x], k=20, rtol=1e-6)
+    with pytest.warns(UserWarning, match=r"The reading at step 0 did not converge in 64 products") as caught:
+        train(net, [sgd], 3, probe, draw=lambda: (x, torch.zeros(500, dtype=torch.long)))
+    assert len(caught) == 1
+    assert [r.converged for r in probe.readings] == [False] * 3
+    assert probe.verdict is Verdict.WARMING_UP  # nothing that counts yet
+
+
+def test_batch_that_cannot_be_kept_turns_it_off() -> None:
+    probe, *_ = probe_with(loss_fn)
+    with pytest.warns(UserWarning, match="stops measuring.*Expected a batch with a tensor"):
+        assert probe.step(["words"]) is None
+    assert probe.step(stream()()) is None
+
+
+def test_no_batches_given_is_a_failure_told() -> None:
+    probe, *_ = probe_with(loss_fn, probe=[])
+    with pytest.warns(UserWarning, match="Expected at least one batch, got none"):
+        assert probe.step(stream()()) is None
+
+
+# What is written.
+
+
+def test_rows_are_appended_as_json_lines(tmp_path: Path) -> None:
+    net = seeded(Net)
+    sgd = SGD(net.parameters(), lr=0.1)
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=2, probe_samples=8)
+    train(net, [sgd], 5, probe)
+    path = tmp_path / "readings.jsonl"
+    path.write_text('{"step": -1}\n', encoding="utf-8")
+    probe.to_jsonl(path)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in rows] == [-1, 0, 2, 4]
+    for row, reading in zip(rows[1:], probe.readings, strict=True):
+        assert row["edge_ratio"] == reading.edge_ratio
+        assert row["lr"] == list(reading.lr)
+        assert row["sampling_error"] is None
+        assert row["verdict"] in Verdict.__members__
+    assert len({row["run"] for row in rows[1:]}) == 1
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, {"a": math.nan, "b": (math.inf, 1.0, {"c": -math.inf}), "d": None, "e": "x", "f": 3})
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "a": None,
+        "b": [None, 1.0, {"c": None}],
+        "d": None,
+        "e": "x",
+        "f": 3,
+    }
+
+
+def test_run_ids_differ_and_use_no_generator_of_the_run() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first, second = Engine(Gauge()), Engine(Gauge())
+    assert first.run_id != second.run_id
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_state_goes_through_json_and_the_run_goes_on() -> None:
+    net = seeded(Net)
+    sgd = SGD(net.parameters(), lr=100.0)
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=2, probe_samples=8)
+    probe.step(stream()())
+    assert probe.verdict is Verdict.EDGE
+    state = json.loads(json.dumps(probe.state_dict()))
+    resumed = StabilityProbe(net, sgd, loss_fn, every_n_steps=2, probe_samples=8)
+    resumed.load_state_dict(state)
+    assert resumed.verdict is Verdict.EDGE
+    assert resumed.step(stream()()) is None  # step 1
+    found = resumed.step(stream()())
+    assert found is not None
+    assert found.step == 2
+    assert found.matvecs > 6  # a cold one
+
+
+def test_changes_of_verdict_are_kept() -> None:
+    engine = Engine(Gauge())
+    for step, loss in enumerate((1.0, math.nan, 1.0)):
+        engine.take_step(step, loss=loss)
+    assert engine.verdicts == [(0, Verdict.WARMING_UP), (1, Verdict.DIVERGING)]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "Expected `every_n_steps` >= 1", {"every_n_steps": 0}),
+        (ValueError, "Expected 0 < `max_overhead` <= 1", {"max_overhead": 2.0}),
+        (ValueError, "Expected `probe` to be one of", {"probe": "all"}),
+        (TypeError, "Expected `probe` to be one of", {"probe": 3}),
+        (ValueError, "Expected `probe_samples` >= 1", {"probe_samples": 0}),
+        (ValueError, "Expected 1 <= `k`", {"k": 0}),
+        (ValueError, "Expected 0 < `rtol` < 1", {"rtol": 0.0}),
+    ],
+    ids=["cadence", "overhead", "probe", "probe-type", "samples", "k", "rtol"],
+)
+def test_arguments_are_checked_at_once(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    net = Net()
+    with pytest.raises(error, match=message):
+        StabilityProbe(net, SGD(net.parameters(), lr=0.1), loss_fn, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("failures", "full", "ready"),
+    [(0.0, 2.0, True), (0.0, 1.0, False), (1.0, 1.0, False)],
+    ids=["all-full", "one-still-collects", "one-failed"],
+)
+def test_processes_agree_on_being_ready(failures: float, full: float, ready: bool) -> None:
+    """This process is full; what the sum over two says decides, and a failure elsewhere switches measuring off here."""
+    engine = Engine(Gauge(), probe_samples=1)
+    engine.collect(torch.ones(1, 2))
+    engine.ranks = Ranks(2, lambda tensor: torch.tensor([failures, full]))
+    with pytest.warns(UserWarning, match="another process") if failures else nullcontext():
+        assert engine.ready() is ready
+    assert (engine.off is not None) is bool(failures)

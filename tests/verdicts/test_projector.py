@@ -1,0 +1,113 @@
+"""Updates in numbers, against NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from eos_monitor.verdicts.projector import UpdateProjector, movement
+
+
+def params_of(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    g = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(shape, generator=g).to(dtype)) for shape in shapes]
+
+
+def moved(params: list[nn.Parameter], scale: float, seed: int) -> np.ndarray:
+    """Move the parameters in place and return by how much, flat."""
+    g = torch.Generator().manual_seed(seed)
+    old = np.concatenate([p.detach().double().numpy().reshape(-1) for p in params])
+    with torch.no_grad():
+        for p in params:
+            p.add_((scale * torch.randn(p.shape, generator=g)).to(p.dtype))
+    return np.concatenate([p.detach().double().numpy().reshape(-1) for p in params]) - old
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-6), (torch.bfloat16, 1e-2)], ids=str
+)
+def test_norm_and_projection(dtype: torch.dtype, rtol: float) -> None:
+    """bfloat16 updates are themselves rounded when they are stored."""
+    params = params_of((7, 3), (5,), dtype=dtype)
+    motion = UpdateProjector(params)
+    w = torch.randn(26, generator=torch.Generator().manual_seed(3))
+    motion.aim(w)
+    motion.before()
+    update = moved(params, 0.5, seed=2)
+    found = movement(motion.after().tolist())
+    theta = np.concatenate([p.detach().double().numpy().reshape(-1) for p in params])
+    assert found.relative_update == pytest.approx(np.linalg.norm(update) / np.linalg.norm(theta), rel=rtol)
+    assert found.projection == pytest.approx(float(update @ w.double().numpy()), rel=rtol, abs=10 * rtol)
+
+
+def test_random_projection_is_linear_fixed_and_touches_every_parameter() -> None:
+    params = params_of((3000,), (2, 2))
+    motion, again = UpdateProjector(params, seed=5), UpdateProjector(params, seed=5)
+    values = []
+    for index in (0, 1):
+        motion.before()
+        again.before()
+        with torch.no_grad():
+            params[index].add_(1.0)
+        values.append(movement(motion.after().tolist()).random_projection)
+        assert movement(again.after().tolist()).random_projection == values[-1]
+    motion.before()
+    with torch.no_grad():
+        params[0].sub_(2.0)
+        params[1].add_(1.0)
+    both = movement(motion.after().tolist()).random_projection
+    assert min(abs(value) for value in values) > 1e-3
+    assert both == pytest.approx(-2 * values[0] + values[1], rel=1e-4)
+
+
+def test_without_an_aim_or_a_start_there_is_nothing() -> None:
+    params = params_of((4,))
+    motion = UpdateProjector(params)
+    assert motion.after() is None
+    motion.before()
+    moved(params, 0.1, 0)
+    assert movement(motion.after().tolist()).projection is None
+    assert motion.after() is None
+
+
+def test_parameters_are_only_read() -> None:
+    params = params_of((4,), (2, 2))
+    motion = UpdateProjector(params)
+    values, versions = [p.detach().clone() for p in params], [p._version for p in params]
+    motion.before()
+    motion.after()
+    assert [p._version for p in params] == versions
+    assert all(torch.equal(p, value) for p, value in zip(params, values, strict=True))
+
+
+def test_parameters_whose_data_is_replaced_are_still_followed() -> None:
+    params = params_of((4,))
+    motion = UpdateProjector(params)
+    motion.before()
+    params[0].data = params[0].data + 1.0
+    assert motion.after() is None
+    motion.before()
+    with torch.no_grad():
+        params[0].mul_(2.0)
+    # An update by θ itself, of what is then 2θ.
+    assert movement(motion.after().tolist()).relative_update == pytest.approx(0.5)
+
+
+def test_complex_parameters_count_by_their_parts() -> None:
+    p = nn.Parameter(torch.tensor([3.0 + 4.0j, 0.0j]))
+    motion = UpdateProjector([p])
+    motion.before()
+    with torch.no_grad():
+        p.add_(torch.tensor([3.0j, 4.0]))
+    # ‖(3 + 7i, 4)‖² = 74
+    assert movement(motion.after().tolist()).relative_update == pytest.approx(5 / 74**0.5)
+
+
+def test_other_memory_layouts_are_read_in_the_order_of_all_vectors() -> None:
+    p = nn.Parameter(torch.zeros(2, 3, 2, 2).to(memory_format=torch.channels_last))
+    motion = UpdateProjector([p])
+    motion.aim(torch.arange(24.0))
+    motion.before()
+    with torch.no_grad():
+        p[0, 1, 0, 0] = 2.0  # entry 4 of the flat vector
+    assert movement(motion.after().tolist()).projection == 8.0
