@@ -13,6 +13,8 @@ _PLACES = {
     "CFLMonitor": "callbacks.cfl_monitor",
     "PerturbationMonitor": "callbacks.perturbation_monitor",
     "StabilityProbe": "monitor.probe",
+    "Probe": "readings.settings",
+    "Solver": "readings.settings",
     "measure_stability": "readings.gauge",
     "StabilityReading": "readings.reading",
     "critical_curvature": "limits.thresholds",
