@@ -12,6 +12,7 @@ _PLACES = {
     "EdgeOfStabilityMonitor": "callbacks.edge_of_stability",
     "CFLMonitor": "callbacks.cfl_monitor",
     "PerturbationMonitor": "callbacks.perturbation_monitor",
+    "StabilityActions": "callbacks.actions",
     "StabilityProbe": "monitor.probe",
     "Probe": "readings.settings",
     "Solver": "readings.settings",

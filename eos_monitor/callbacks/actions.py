@@ -1,4 +1,4 @@
-"""What a monitor does about an instability, if it is asked to."""
+"""What may be done about an instability: a callback of its own, so that a monitor has no means of changing a run."""
 
 from __future__ import annotations
 
@@ -6,120 +6,166 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from eos_monitor.alerts.alert import Alert
-from eos_monitor.callbacks.outputs import RunOutputs, group_names
+from eos_monitor.callbacks.attached_monitor import AttachedMonitor
+from eos_monitor.callbacks.observer import WatchedFit
+from eos_monitor.callbacks.outputs import RunOutputs
 from eos_monitor.callbacks.rate_factors import RateFactors
 from eos_monitor.callbacks.snapshots import Snapshot, Snapshots
+from eos_monitor.callbacks.wording import group_names
+from eos_monitor.forecast.lookahead import Settings
 from eos_monitor.forecast.lr_governor import Cap, LrGovernor
 from eos_monitor.forecast.tracked_reading import TrackedReading
 from eos_monitor.limits.thresholds import learning_rates
-from eos_monitor.monitor.engine import Engine
-from eos_monitor.readings.guard import Attempts
 from eos_monitor.readings.reading import Measurement
 from eos_monitor.verdicts.change import Change
 from eos_monitor.verdicts.detector import Verdict
-from eos_monitor.verdicts.steps import LOT
+from eos_monitor.verdicts.steps import BUFFERED
 
 NAMES = ("stop", "checkpoint", "cap-lr", "restore")
+_ACTING = "acting"
 _REMEMBERED = 100  # actions that go into a checkpoint
 
 
-class Actions:
-    """Acts on a run, or says what it would have done.
+class StabilityActions(AttachedMonitor):
+    """Act on a run that becomes unstable, or say what would have been done.
 
-    All decisions follow from what every process knows alike: settings, readings, and losses that are means over all.
+    It goes along with an :class:`EdgeOfStabilityMonitor` among the callbacks; where there is none it brings one that
+    writes nothing. All decisions follow from what every process knows alike: settings, readings, and losses that are
+    means over all. What is done is a line in the log, an alert, and a row of ``eos_actions.jsonl`` in the log folder.
+
+    ================  ===================================================================================
+    action            meaning
+    ================  ===================================================================================
+    ``"cap-lr"``      on a fast rise of a learning rate, from that step on: keep the edge ratio at ``edge_target``
+    ``"checkpoint"``  save one once DIVERGING is confirmed, and at the risk of a jump
+    ``"restore"``     once DIVERGING is confirmed: go back to a state from before, at half the learning rates
+    ``"stop"``        once DIVERGING is confirmed: end the run; with ``"restore"``, if that cannot be
+    ================  ===================================================================================
 
     Args:
-        names: What may be done, of :data:`NAMES`.
-        dry_run: Only say so.
-        target: See :class:`LrGovernor`, as the two that follow.
-        floor: Smallest factor on a learning rate.
-        cooldown: Steps.
-        snapshot_every: Steps between the states that are kept for ``"restore"``.
+        what: An action, or a sequence of them.
+        more: Further actions.
+        dry_run: Only say what would have been done.
+        edge_target: Edge ratio at which ``"cap-lr"`` aims, > 0; None for half of where jumps of the kind were seen to
+            fail, and at most 1.
+        lr_floor: Smallest factor on a learning rate, in (0, 1].
+        cooldown: Steps until a capped learning rate may rise again, ≥ 1.
+        snapshot_every: Steps between the states that are kept, on the CPU, for ``"restore"``, ≥ 1.
 
     Raises:
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> StabilityActions("cap-lr", "restore").names == StabilityActions(["restore", "cap-lr"]).names
+        True
     """
+
+    # Of one fit: set by _start_afresh.
+    _governor: LrGovernor
+    _snapshots: Snapshots
+    _rates: RateFactors
+    _save: tuple[int, str] | None  # a checkpoint that is to be written: when it came up, and why
+    _diverged: Change | None  # what is still to be answered
+    _done: list[dict[str, Any]]
+    _released: bool
+    _fit: WatchedFit | None  # while it goes on
+    _used: bool  # in a fit
 
     def __init__(
         self,
-        names: Sequence[str],
-        *,
+        what: str | Sequence[str],
+        *more: str,
         dry_run: bool = True,
-        target: float | None = None,
-        floor: float = 1e-3,
+        edge_target: float | None = None,
+        lr_floor: float = 1e-3,
         cooldown: int = 64,
         snapshot_every: int = 32,
     ) -> None:
-        if isinstance(names, str) or not set(names) <= set(NAMES):
-            raise ValueError(f"Expected `actions` to be a sequence of {NAMES}, got {names!r}.")
-        self.names, self.dry_run = frozenset(names), dry_run
-        self._governor = LrGovernor(target, floor, cooldown)
+        names = [what, *more] if isinstance(what, str) else [*what, *more]
+        if not names or not set(names) <= set(NAMES):
+            raise ValueError(f"Expected actions of {NAMES}, got {names!r}.")
+        super().__init__(name="eos", enabled=True, settings={})
+        self.names = frozenset(names)
+        self.dry_run = dry_run
+        self.needs_every_loss = True
+        self._governing = (edge_target, lr_floor, cooldown)
         self._every = snapshot_every
-        self._snapshots = Snapshots(snapshot_every)
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self._governor = LrGovernor(*self._governing)
+        self._snapshots = Snapshots(self._every)
         self._rates = RateFactors()
-        self._attempts = Attempts("acting")
-        self._save: tuple[int, str] | None = None  # a checkpoint that is to be written: when it came up, and why
-        self._diverged: Change | None = None  # what is still to be answered
-        self._done: list[dict[str, Any]] = []
-        self.released = False
-        self._active = False
+        self._save = None
+        self._diverged = None
+        self._done = []
+        self._released = False
+        self._fit = None
+        self._used = False
 
     # ------------------------------------------------------------------ what users read
 
     @property
     def done(self) -> list[dict[str, Any]]:
-        """What was done, or would have been, oldest first."""
+        """What was done in the last fit, or would have been, oldest first."""
         return list(self._done)
 
     @property
     def factors(self) -> tuple[float, ...]:
-        """Factor on the learning rate of each group."""
+        """Factor on the learning rate of each group; empty for none."""
         return self._rates.factors
 
     def release(self) -> None:
-        """Give all learning rates back to the schedule, and do nothing more in this run."""
-        self.released = True
+        """Give all learning rates back to the schedule, and do nothing more about instabilities in this run."""
+        self._released = True
         self._governor.release()
         self._rates.factors = ()
-        self._save = self._diverged = None
+        self._save = None
+        self._diverged = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain Python values."""
-        return {"governor": self._governor.state_dict(), "done": self.done[-_REMEMBERED:], "released": self.released}
+        acted = {"governor": self._governor.state_dict(), "done": self._done[-_REMEMBERED:], "released": self._released}
+        return super().state_dict() | acted
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; states to go back to are kept anew."""
-        self._governor.load_state_dict(state["governor"])
-        self._done, self.released = list(state["done"]), state["released"]
+        super().load_state_dict(state_dict)
+        self._governor.load_state_dict(state_dict["governor"])
+        self._done = list(state_dict["done"])
+        self._released = state_dict["released"]
 
-    # ------------------------------------------------------------------ called by the monitor
+    # ------------------------------------------------------------------ through a fit
 
-    def begin(self, trainer: Any, pl_module: Any, engine: Engine, outputs: RunOutputs) -> None:
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find the monitor, or bring it; start afresh for a new fit."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self._used:
+            self._start_afresh()
+
+    def begin(self, fit: WatchedFit) -> None:
         """Start to follow a fit."""
-        self._active = bool(self.names)
-        if not self._active:
-            return
-        self._trainer, self._module, self._engine, self._outputs = trainer, pl_module, engine, outputs
-        known_late = engine.ranks.size > 1 or any(p.device.type != "cpu" for p in pl_module.parameters())
-        self._snapshots = Snapshots(self._every, LOT if known_late else 0)
+        super().begin(fit)
+        self._used = True
+        self._fit = fit
+        known_late = fit.engine.ranks.size > 1 or any(p.device.type != "cpu" for p in fit.pl_module.parameters())
+        self._snapshots = Snapshots(self._every, BUFFERED if known_late else 0)
         if not self.dry_run:
             try:
-                self._rates.attach(trainer.optimizers)
+                self._rates.attach(fit.trainer.optimizers)
             except AttributeError:
-                kinds = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
-                self._attempts.turn_off(f"Expected torch optimizers with step hooks, got {kinds}.")
+                kinds = ", ".join(type(optimizer).__name__ for optimizer in fit.trainer.optimizers)
+                self.guard.turn_off(_ACTING, f"Expected torch optimizers with step hooks, got {kinds}.")
             else:
                 self._use_factors()
 
-    def end(self) -> None:
+    def finish(self, step: int) -> None:
         """Leave the optimizers as they were found."""
-        self._active = False
+        self._fit = None
         self._rates.detach()
 
-    def noticed(self, change: Change) -> None:
+    def changed(self, change: Change) -> None:
         """Take in a change of verdict or advisory, to be answered before the next step."""
         if not self._acting:
             return
@@ -129,41 +175,48 @@ class Actions:
         if "checkpoint" in self.names and (diverged or change.advisory == "jump-risk"):
             self._save = (change.step, "diverging" if diverged else "jump-risk")
 
-    def before_step(self, step: int, followed: TrackedReading) -> TrackedReading:
-        """Answer what was noticed; return the reading that is followed from now on."""
-        if not self._acting:
-            return followed
+    def before_step(self, step: int, tracked: TrackedReading) -> TrackedReading | None:
+        """Answer what was noticed; return the reading of a state that was gone back to."""
+        fit = self._acting
+        if fit is None:
+            return None
         if self._save is not None:
-            self._attempts.run(lambda: self._checkpoint(step))
+            came_up, why = self._save
             self._save = None
-        change, self._diverged = self._diverged, None
-        if change is not None:
-            restored = self._attempts.run(lambda: self._answer(step, change))
-            return followed if restored is None else restored
-        return followed
+            self.guard.run(_ACTING, lambda: self._checkpoint(fit, step, came_up, why), together=True)
+        change = self._diverged
+        self._diverged = None
+        if change is None:
+            return None
+        return self.guard.run(_ACTING, lambda: self._answer(fit, step, change), together=True)
 
-    def keep(self, step: int, followed: TrackedReading) -> None:
+    def keep(self, step: int, tracked: TrackedReading) -> None:
         """Keep a state to go back to if that is due; after the reading of ``step``, if there is one."""
-        if not self._acting or "restore" not in self.names or self.dry_run:
+        fit = self._acting
+        if fit is None or "restore" not in self.names or self.dry_run:
             return
-        out = self._engine.detector.out_since is not None or self._engine.verdict is Verdict.DIVERGING
+        detector = fit.engine.detector
+        out = detector.out_since is not None or fit.engine.verdict is Verdict.DIVERGING
         if not out and self._snapshots.due(step):
-            beside = (self._engine.detector.state_dict(), followed, self._governor.caps)
-            self._attempts.run(
-                lambda: self._snapshots.keep(Snapshot.of(step, self._module, self._trainer.optimizers, beside))
+            beside = (detector.state_dict(), tracked, self._governor.caps)
+            self.guard.run(
+                _ACTING,
+                lambda: self._snapshots.keep(Snapshot.of(step, fit.pl_module, fit.trainer.optimizers, beside)),
             )
 
-    def measured(self, measurement: Measurement | None) -> None:
+    def measured(self, measurement: Measurement) -> None:
         """Take in a reading."""
-        if self._acting:
-            self._attempts.run(lambda: self._governor.measured(measurement, self._trainer.optimizers))
+        fit = self._acting
+        if fit is not None:
+            self.guard.run(_ACTING, lambda: self._governor.measured(measurement, fit.trainer.optimizers), together=True)
 
-    def before_update(self, step: int, followed: TrackedReading) -> None:
-        """Decide on the learning rates of the update of ``step``; to be called once a step."""
-        if self._acting and self.names & {"cap-lr", "restore"}:
-            self._attempts.run(lambda: self._govern(step, followed))
+    def before_update(self, step: int, tracked: TrackedReading) -> None:
+        """Decide on the learning rates of the update of ``step``; once a step."""
+        fit = self._acting
+        if fit is not None and self.names & {"cap-lr", "restore"}:
+            self.guard.run(_ACTING, lambda: self._govern(fit, step, tracked), together=True)
 
-    def now(self, optimizer: Any) -> None:
+    def before_optimizer_step(self, optimizer: Any) -> None:
         """Take in that the update of ``optimizer`` comes next."""
         self._rates.now(optimizer)
 
@@ -173,32 +226,42 @@ class Actions:
         with self._rates.applied():
             yield
 
-    def ahead(self, settings: Any) -> Any:
+    def ahead(self, settings: Settings | None) -> Settings | None:
         """Return settings of the schedule with the present factors on them."""
         return self._rates.scaled(settings)
+
+    def factor(self) -> float | None:
+        """Return the factor on the first learning rate; None for none."""
+        return self.factors[0] if self.factors else None
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """Return the least factor, where there is one."""
+        return {f"{name}/lr_factor": min(self.factors)} if self.factors else {}
 
     # ------------------------------------------------------------------ inside
 
     @property
-    def _acting(self) -> bool:
-        return self._active and not self.released and self._attempts.off is None
+    def _acting(self) -> WatchedFit | None:
+        return None if self._released or _ACTING in self.guard.off else self._fit
 
-    def _govern(self, step: int, followed: TrackedReading) -> None:
-        optimizers = self._trainer.optimizers
+    def _govern(self, fit: WatchedFit, step: int, tracked: TrackedReading) -> None:
+        optimizers = fit.trainer.optimizers
         rates = learning_rates(optimizers)
         if "cap-lr" in self.names:
-            plain, exact = self._governor.ratio(rates), followed.edge_ratio(optimizers)
+            plain = self._governor.ratio(rates)
+            exact = tracked.edge_ratio(optimizers)
             correction = 1.0 if exact is None or plain is None else exact / plain
             cap = self._governor.decide(step, rates, correction)
             if cap is not None:
-                self._tell(step, "cap-lr", self._words(cap), lr=cap.before, to=cap.after, edge_ratio=cap.ratio)
+                words = self._words(fit, cap)
+                self._tell(fit, step, "cap-lr", words, lr=cap.before, to=cap.after, edge_ratio=cap.ratio)
         self._use_factors()
 
     def _use_factors(self) -> None:
-        self._rates.factors = () if self.dry_run or self.released else self._governor.factors
+        self._rates.factors = () if self.dry_run or self._released else self._governor.factors
 
-    def _words(self, cap: Cap) -> str:
-        names = group_names(self._trainer.optimizers)
+    def _words(self, fit: WatchedFit, cap: Cap) -> str:
+        names = group_names(fit.trainer.optimizers)
         many = len(cap.before) > 1
         changes = ", ".join(
             f"{names[g] + ' ' if many and g < len(names) else ''}{cap.before[g]:.3g} → {cap.after[g]:.3g}"
@@ -209,54 +272,64 @@ class Actions:
         aim = "" if cap.target is None else f"; aimed at {cap.target:.3g}"
         return f"{verb} lr {changes}{why}{aim}"
 
-    def _checkpoint(self, step: int) -> None:
-        assert self._save is not None
-        came_up, why = self._save
-        name = f"{self._outputs.name}_{why}_step{step}.ckpt"
-        folder = self._outputs.shared_folder
-        if self.dry_run:
-            self._tell(step, "checkpoint", f"would have saved {name}", noticed=came_up)
-        elif folder is None:
-            self._tell(step, "checkpoint", "saved no checkpoint: a fast_dev_run leaves no files", noticed=came_up)
-        else:
-            self._trainer.save_checkpoint(folder / name)
-            self._tell(step, "checkpoint", f"saved {folder / name}", noticed=came_up, path=str(folder / name))
+    def _outputs_of(self, fit: WatchedFit) -> RunOutputs:
+        """Return the monitor's outputs, or those of its own where the monitor was brought along."""
+        return self._outputs if fit.outputs.silent else fit.outputs
 
-    def _answer(self, step: int, change: Change) -> TrackedReading | None:
+    def _checkpoint(self, fit: WatchedFit, step: int, came_up: int, why: str) -> None:
+        outputs = self._outputs_of(fit)
+        name = f"{outputs.name}_{why}_step{step}.ckpt"
+        folder = outputs.shared_folder
+        if self.dry_run:
+            self._tell(fit, step, "checkpoint", f"would have saved {name}", noticed=came_up)
+        elif folder is None:
+            words = "saved no checkpoint: a fast_dev_run leaves no files"
+            self._tell(fit, step, "checkpoint", words, noticed=came_up)
+        else:
+            fit.trainer.save_checkpoint(folder / name)
+            self._tell(fit, step, "checkpoint", f"saved {folder / name}", noticed=came_up, path=str(folder / name))
+
+    def _answer(self, fit: WatchedFit, step: int, change: Change) -> TrackedReading | None:
         """Go back to before the excursion, or stop."""
-        began = change.step - (self._engine.detector.lateness or 0)
+        began = change.step - (fit.engine.detector.lateness or 0)
         if "restore" in self.names:
+            snapshot = None
             if self.dry_run:
-                self._tell(step, "restore", f"would have gone back to a state from before step {began}", to_step=None)
+                words = f"would have gone back to a state from before step {began}"
             elif self._governor.exhausted:
-                self._tell(step, "restore", "did not go back: the learning rates are at their floor", to_step=None)
+                words = "did not go back: the learning rates are at their floor"
             else:
+                words = f"did not go back: no state from before step {began} is kept"
                 snapshot = self._snapshots.before(began)
-                if self._everywhere(snapshot is not None) and snapshot is not None:
-                    return self._restore(step, snapshot)
-                self._tell(step, "restore", f"did not go back: no state from before step {began} is kept", to_step=None)
+                # One process that acted alone would train another model than the rest.
+                (kept,) = fit.engine.ranks.total(float(snapshot is not None))
+                if snapshot is not None and kept == fit.engine.ranks.size:
+                    return self._restore(fit, step, snapshot)
+            self._tell(fit, step, "restore", words, to_step=None)
         if "stop" in self.names:
-            self._tell(step, "stop", "would have stopped the run" if self.dry_run else "stopped the run")
+            self._tell(fit, step, "stop", "would have stopped the run" if self.dry_run else "stopped the run")
             if not self.dry_run:
-                self._trainer.should_stop = True
+                fit.trainer.should_stop = True
         return None
 
-    def _restore(self, step: int, snapshot: Snapshot) -> TrackedReading:
-        optimizers = self._trainer.optimizers
+    def _restore(self, fit: WatchedFit, step: int, snapshot: Snapshot) -> TrackedReading:
+        optimizers = fit.trainer.optimizers
+        engine = fit.engine
         restored: TrackedReading
-        snapshot.restore(self._module, optimizers)
+        snapshot.restore(fit.pl_module, optimizers)
         detector, restored, caps = snapshot.beside
         # The losses since belong to a run that is given up; the next ones are compared with those before.
-        self._engine.detector.load_state_dict(detector)
-        self._engine.verdicts.append((step, self._engine.verdict))
+        engine.detector.load_state_dict(detector)
+        engine.verdicts.append((step, engine.verdict))
         self._governor.measured(restored.measurement, optimizers)
         cap = self._governor.lower(step, learning_rates(optimizers), caps)
         self._use_factors()
-        lower = self._words(cap)
         self._tell(
+            fit,
             step,
             "restore",
-            f"went back to the state of step {snapshot.step} (the data and the schedule go on), and {lower}",
+            f"went back to the state of step {snapshot.step} (the data and the schedule go on), and "
+            f"{self._words(fit, cap)}",
             to_step=snapshot.step,
             lr=cap.before,
             to=cap.after,
@@ -264,14 +337,10 @@ class Actions:
         )
         return restored
 
-    def _everywhere(self, here: bool) -> bool:
-        """Whether it is so on all processes; one that acted alone would train another model than the rest."""
-        ranks = self._engine.ranks
-        return here if ranks.sum is None else float(ranks.sum(torch.tensor([float(here)]))[0]) == ranks.size
-
-    def _tell(self, step: int, action: str, words: str, **details: Any) -> None:
-        row = {"run": self._engine.run_id, "step": step, "action": action, "dry_run": self.dry_run, "message": words}
+    def _tell(self, fit: WatchedFit, step: int, action: str, words: str, **details: Any) -> None:
+        engine = fit.engine
+        row = {"run": engine.run_id, "step": step, "action": action, "dry_run": self.dry_run, "message": words}
         row |= {key: list(value) if isinstance(value, tuple) else value for key, value in details.items()}
         self._done.append(row)
-        verdict = self._engine.verdict
-        self._outputs.action(Alert(step, verdict, verdict, f"step {step}: {words} [{action}]", action), row)
+        message = f"step {step}: {words} [{action}]"
+        self._outputs_of(fit).action(Alert(step, engine.verdict, engine.verdict, message, action), row)

@@ -1,9 +1,8 @@
-"""Monitors that measure on the occasions of an EdgeOfStabilityMonitor, inside its budget."""
+"""Callbacks that go along with an EdgeOfStabilityMonitor, inside its budget."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,83 +10,57 @@ from torch import nn
 from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.callbacks._compat import Callback
 from eos_monitor.callbacks.edge_of_stability import EdgeOfStabilityMonitor
+from eos_monitor.callbacks.monitor_settings import check_name
+from eos_monitor.callbacks.observer import Observer, WatchedFit
 from eos_monitor.callbacks.outputs import RunOutputs
-from eos_monitor.callbacks.reading_context import ReadingContext
-from eos_monitor.readings.guard import Attempts
-from eos_monitor.verdicts.change import Change
-from eos_monitor.verdicts.detector import Verdict
+from eos_monitor.readings.guard import Guard
 
 
-class AttachedMonitor(Callback):
-    """Base of the monitors that go along with an EdgeOfStabilityMonitor: one probe, one schedule, one budget.
+class AttachedMonitor(Callback, Observer):
+    """Base of the callbacks that go along with an EdgeOfStabilityMonitor: one probe, one schedule, one budget.
 
-    Without an enabled one among the Trainer's callbacks, the companion brings one that writes nothing.
+    Without an enabled one among the Trainer's callbacks, it brings one that writes nothing.
 
     Args:
         name: First part of the log keys and file names.
         enabled: Switch; the environment variable ``EOS_MONITOR=off`` switches every monitor off.
-        settings: Of the host that is brought along; not used where one is attached.
+        settings: Of the monitor that is brought along; not used where one is attached.
     """
+
+    # Of one fit: set by begin.
+    _outputs: RunOutputs
+    _run_id: str
 
     def __init__(self, *, name: str, enabled: bool, settings: dict[str, Any]) -> None:
         super().__init__()
-        if not name or "/" in name:
-            raise ValueError(f"Expected a `name` without '/', got {name!r}.")
+        check_name(name)
         self.name = name
+        self.guard = Guard()
         self._enabled = enabled
         self._own_host = _SilentMonitor(**settings, enabled=enabled, alerts=())
-        self._own_host.companions.append(self)
+        self._own_host.observers.append(self)
         self._host: EdgeOfStabilityMonitor | None = None
-        self._attempts = Attempts(f"what {type(self).__name__} measures")
 
-    # ------------------------------------------------------------------ what a companion does
+    @property
+    def _measures(self) -> str:
+        return f"what {type(self).__name__} measures"
 
-    def begin(self, trainer: Any, outputs: RunOutputs) -> None:
-        """Start afresh for a new fit; :meth:`turn_off` where nothing can be measured."""
-        self._outputs, self._run_id = outputs, uuid.uuid4().hex[:12]
-        synchronized = any(isinstance(m, nn.SyncBatchNorm) for m in trainer.lightning_module.modules())
-        if trainer.world_size > 1 and synchronized:
-            self.turn_off("Synchronized batch normalization needs every process, and one alone measures.")
-
-    def measure(self, occasion: ReadingContext) -> None:
-        """Measure; called once a reading that is ready, inside the host's verification. A failure is told once."""
-        raise NotImplementedError
-
-    def settle(self, optimizers: Sequence[Any]) -> None:
-        """Take in the settings that the step uses."""
-
-    def changed(self, change: Change) -> None:
-        """Answer to a new verdict, or a new advisory; it may come between readings."""
-
-    def write(self, step: int, verdict: Verdict) -> None:
-        """Write what was measured at ``step``."""
-
-    def finish(self, step: int) -> None:
-        """Draw what is drawn at the end."""
+    def begin(self, fit: WatchedFit) -> None:
+        """Start afresh for a new fit: no failure so far."""
+        self.guard = Guard()
+        self.guard.alone = fit.engine.guard.alone
+        self._outputs = RunOutputs(fit.trainer, self.name, (), self.guard, Throttle())
+        self._run_id = uuid.uuid4().hex[:12]
 
     def turn_off(self, why: str) -> None:
         """Stop measuring for the rest of the run, and say why."""
-        self._attempts.turn_off(why)
+        self.guard.turn_off(self._measures, why)
 
-    # ------------------------------------------------------------------ called by the host
-
-    def begin_with(self, trainer: Any) -> None:
-        """Start afresh: no failure so far."""
-        self._attempts = Attempts(f"what {type(self).__name__} measures")
-        self.begin(trainer, RunOutputs(trainer, self.name, (), self._attempts.warn_once, Throttle()))
-
-    def take_part(self, occasion: ReadingContext) -> None:
-        """Measure, unless that was given up."""
-        if self._attempts.off is None:
-            self._attempts.run(lambda: self.measure(occasion))
-
-    def guard(self, action: Callable[[], None]) -> None:
-        """Do what follows a measurement; a failure is told once and stays here."""
-        try:
-            action()
-        except Exception as error:
-            # Not among the attempts: one that has nothing to write would count as a success.
-            self._attempts.warn_once("after", f"eos_monitor: {type(self).__name__} failed; training goes on. {error!r}")
+    def turn_off_if_synchronized(self, trainer: Any) -> None:
+        """Stop measuring where one process alone cannot."""
+        synchronized = any(isinstance(m, nn.SyncBatchNorm) for m in trainer.lightning_module.modules())
+        if trainer.world_size > 1 and synchronized:
+            self.turn_off("Synchronized batch normalization needs every process, and one alone measures.")
 
     # ------------------------------------------------------------------ Lightning
 
@@ -98,8 +71,8 @@ class AttachedMonitor(Callback):
         attached = [c for c in trainer.callbacks if isinstance(c, EdgeOfStabilityMonitor) and c.enabled]
         if attached:
             self._host = None
-            if self not in attached[0].companions:
-                attached[0].companions.append(self)
+            if self not in attached[0].observers:
+                attached[0].observers.append(self)
         else:
             self._host = self._own_host
             self._host.setup(trainer, pl_module, stage)
@@ -154,6 +127,6 @@ class AttachedMonitor(Callback):
 
 
 class _SilentMonitor(EdgeOfStabilityMonitor):
-    """Measures for its companions and says nothing itself."""
+    """Measures for what goes along with it, and says nothing itself."""
 
     _silent = True

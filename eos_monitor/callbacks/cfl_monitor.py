@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from eos_monitor.callbacks.attached_monitor import AttachedMonitor
-from eos_monitor.callbacks.outputs import RunOutputs
+from eos_monitor.callbacks.observer import WatchedFit
 from eos_monitor.callbacks.reading_context import ReadingContext
 from eos_monitor.cfl.capture import NoLayerError, layer_names
 from eos_monitor.cfl.estimate import CFLEstimate
@@ -18,6 +18,7 @@ from eos_monitor.cfl.tiers import CFLGauge
 from eos_monitor.dashboard.layers import layers_table
 from eos_monitor.limits.thresholds import critical_curvature, learning_rates
 from eos_monitor.readings.reading import Measurement, common_factor
+from eos_monitor.readings.settings import Probe, Solver, names_moved_arguments
 from eos_monitor.verdicts.change import Change
 from eos_monitor.verdicts.detector import Verdict
 
@@ -55,14 +56,11 @@ class CFLMonitor(AttachedMonitor):
         every_n_steps: As for :class:`EdgeOfStabilityMonitor`, like all that follow; not used where one is attached.
         max_overhead: Share of the training time that readings may take.
         loss_fn: ``loss_fn(pl_module, batch)`` -> scalar mean loss.
-        probe: What to measure on.
-        probe_samples: Samples to collect.
+        probe: The data to measure on, a :class:`Probe`, or what stands for one.
+        solver: How readings are solved, a :class:`Solver`.
         verify: When to compare the run before and after a reading.
-        full_batch: Whether the probe is all the data that a step uses.
-        batch_size_fn: Samples in a batch.
         enabled: Switch; the environment variable ``EOS_MONITOR=off`` switches every monitor off.
         name: First part of the log keys and file names.
-        seed: Seed of probes and start vectors.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -77,6 +75,7 @@ class CFLMonitor(AttachedMonitor):
         >>> print(trainer.callbacks[0].report())  # doctest: +SKIP
     """
 
+    # Of one fit: set by _start_afresh.
     _estimates: list[CFLEstimate]
     _rows: list[dict[str, Any]]
     _order: list[str]  # of the layers in the net
@@ -87,6 +86,7 @@ class CFLMonitor(AttachedMonitor):
     _measured_at: int
     _to_tell: Change | None  # what the table is still to be told of
 
+    @names_moved_arguments
     def __init__(
         self,
         layers: str | Sequence[str] | None = None,
@@ -96,14 +96,11 @@ class CFLMonitor(AttachedMonitor):
         every_n_steps: int | None = None,
         max_overhead: float = 0.05,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
-        probe: str | Iterable[Any] = "fixed",
-        probe_samples: int = 256,
+        probe: Probe | str | Iterable[Any] = "fixed",
+        solver: Solver | None = None,
         verify: Literal["first", "always", False] = "first",
-        full_batch: bool | None = None,
-        batch_size_fn: Callable[[Any], int] | None = None,
         enabled: bool = True,
         name: str = "cfl",
-        seed: int = 0,
     ) -> None:
         super().__init__(
             name=name,
@@ -113,11 +110,8 @@ class CFLMonitor(AttachedMonitor):
                 "max_overhead": max_overhead,
                 "loss_fn": loss_fn,
                 "probe": probe,
-                "probe_samples": probe_samples,
+                "solver": solver,
                 "verify": verify,
-                "full_batch": full_batch,
-                "batch_size_fn": batch_size_fn,
-                "seed": seed,
             },
         )
         self._patterns = layers
@@ -126,8 +120,8 @@ class CFLMonitor(AttachedMonitor):
             "probes": probes,
             "exact": exact,
             "paper_bound": paper_bound,
-            "batch_size_fn": batch_size_fn,
-            "seed": seed,
+            "batch_size_fn": Probe.of(probe).batch_size_fn,
+            "seed": (solver or Solver()).seed,
         }
         self._gauge = CFLGauge(**self._gauge_settings)
         self._start_afresh()
@@ -157,42 +151,45 @@ class CFLMonitor(AttachedMonitor):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state_dict)
-        self._crossings, self._above = dict(state_dict["crossings"]), dict(state_dict["above"])
+        self._crossings = dict(state_dict["crossings"])
+        self._above = dict(state_dict["above"])
 
-    # ------------------------------------------------------------------ on the host's occasions
+    # ------------------------------------------------------------------ on the monitor's readings
 
-    def begin(self, trainer: Any, outputs: RunOutputs) -> None:
+    def begin(self, fit: WatchedFit) -> None:
         """Start afresh for a new fit; say so where nothing can be measured."""
-        super().begin(trainer, outputs)
+        super().begin(fit)
+        self.turn_off_if_synchronized(fit.trainer)
         self._gauge = CFLGauge(**self._gauge_settings)
         self._start_afresh()
-        self._order = list(layer_names(trainer.lightning_module))
+        self._order = list(layer_names(fit.pl_module))
         if not self._order:
             self.turn_off("The module has no Linear or convolution layer.")
         elif not any(self._gauge.wants(name) for name in self._order):
             self.turn_off(f"Expected `layers` to match one of {', '.join(self._order)}; got {self._patterns!r}.")
 
-    def measure(self, occasion: ReadingContext) -> None:
+    def measure(self, context: ReadingContext) -> None:
         """Estimate all layers."""
         self._fresh = False
-        if not occasion.trainer.is_global_zero:
+        if not context.trainer.is_global_zero:
             return
-        verdict = occasion.verdict
+        verdict = context.verdict
         refine = self._count % _REFINE_EVERY == 0 or verdict != self._refined_at
         try:
             self._estimates = self._gauge.measure(
-                occasion.pl_module,
-                occasion.loss_fn,
-                occasion.batches,
-                occasion.trainer.optimizers,
-                sandbox=occasion.sandbox(),
-                mode=None if occasion.modes is None else occasion.modes[:, 0],
+                context.pl_module,
+                context.loss_fn,
+                context.batches,
+                context.trainer.optimizers,
+                sandbox=context.sandbox(),
+                mode=None if context.modes is None else context.modes[:, 0],
                 refine=refine,
             )
         except NoLayerError as error:
             self.turn_off(str(error))
             return
-        self._measurement, self._measured_at = occasion.measurement, occasion.step
+        self._measurement = context.measurement
+        self._measured_at = context.step
         self._count += 1
         self._fresh = True
         if refine:
@@ -254,13 +251,19 @@ class CFLMonitor(AttachedMonitor):
     # ------------------------------------------------------------------ inside
 
     def _start_afresh(self) -> None:
-        self._estimates, self._rows, self._order = [], [], []
-        self._measurement, self._fresh, self._count = None, False, 0
-        self._refined_at, self._measured_at = None, 0
+        self._estimates = []
+        self._rows = []
+        self._order = []
+        self._measurement = None
+        self._fresh = False
+        self._count = 0
+        self._refined_at = None
+        self._measured_at = 0
         self._to_tell = None
 
     def _tell(self) -> None:
-        change, self._to_tell = self._to_tell, None
+        change = self._to_tell
+        self._to_tell = None
         if change is None or not self._estimates or self._measurement is None:
             return
         ratio = self._measurement.reading.edge_ratio

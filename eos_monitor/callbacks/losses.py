@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -30,16 +31,24 @@ def _curvature_loss(pl_module: Any, batch: Any) -> Tensor:
     return pl_module.curvature_loss(batch)  # type: ignore[no-any-return]
 
 
-def resolve_loss(loss_fn: LossFn | None, pl_module: Any) -> tuple[LossFn, str]:
-    """Return the loss function and its name.
+@dataclass(frozen=True)
+class MeasuredLoss:
+    """The loss that a monitor measures, and where it comes from."""
+
+    function: LossFn
+    name: str
+
+
+def resolve_loss(loss_fn: LossFn | None, pl_module: Any) -> MeasuredLoss:
+    """Return the loss that is to be measured.
 
     Raises:
         MisconfigurationException: If only a training step is there and it cannot be run again.
     """
     if loss_fn is not None:
-        return loss_fn, "loss_fn"
+        return MeasuredLoss(loss_fn, "loss_fn")
     if callable(getattr(pl_module, "curvature_loss", None)):
-        return _curvature_loss, "curvature_loss"
+        return MeasuredLoss(_curvature_loss, "curvature_loss")
     remedy = "Pass EdgeOfStabilityMonitor(loss_fn=...) or define curvature_loss(self, batch) on the module."
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
@@ -52,4 +61,4 @@ def resolve_loss(loss_fn: LossFn | None, pl_module: Any) -> tuple[LossFn, str]:
             "EdgeOfStabilityMonitor expected a training_step of one batch, got one that draws from dataloader_iter, "
             f"which would consume the user's data. {remedy}"
         )
-    return _TrainingStepLoss(len(names) > 1), "training_step"
+    return MeasuredLoss(_TrainingStepLoss(len(names) > 1), "training_step")

@@ -10,10 +10,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from eos_monitor.callbacks.attached_monitor import AttachedMonitor
-from eos_monitor.callbacks.outputs import RunOutputs
+from eos_monitor.callbacks.observer import WatchedFit
 from eos_monitor.callbacks.reading_context import ReadingContext
 from eos_monitor.forecast.lookahead import Settings
 from eos_monitor.perturbation import AMPLIFYING, ATTENUATING, DEAD, DIVERGED, NEUTRAL, TwinRun, twin_run
+from eos_monitor.readings.settings import Probe, Solver, names_moved_arguments
 from eos_monitor.verdicts.detector import Verdict
 
 _NUMBERS = {DEAD: -2.0, ATTENUATING: -1.0, NEUTRAL: 0.0, AMPLIFYING: 1.0, DIVERGED: 2.0}
@@ -26,7 +27,7 @@ class PerturbationMonitor(AttachedMonitor):
     It measures when an :class:`EdgeOfStabilityMonitor` among the callbacks does, on the same probe and out of the same
     budget; where there is none it brings one that writes nothing. Both copies start from the present state of module
     and optimizer, with the learning rates that the schedulers will set; the run itself is not changed. A reading costs
-    2 · ``steps`` forward and backward passes, so it is taken at the first occasion from each of ``at_steps`` on, and
+    2 · ``steps`` forward and backward passes, so it is taken at the first reading from each of ``at_steps`` on, and
     each time the verdict becomes RESTRAINED.
 
     ============================  =========================================================================
@@ -46,20 +47,16 @@ class PerturbationMonitor(AttachedMonitor):
         at_steps: Steps at which to measure.
         on_restrained: Whether to measure when the verdict becomes RESTRAINED.
         steps: Steps that the copies take, ≥ 1.
-        perturbation: ``"last-bit"``, ``"random"``, or ``"mode"`` for the critical mode of the occasion; see
+        perturbation: ``"last-bit"``, ``"random"``, or ``"mode"`` for the critical mode of the reading; see
             :func:`eos_monitor.perturbation.twin_run`.
         k: Factor of ``"last-bit"``, > 0; powers of two do nothing.
         every_n_steps: As for :class:`EdgeOfStabilityMonitor`, like all that follow; not used where one is attached.
         max_overhead: Share of the training time that readings may take.
         loss_fn: ``loss_fn(pl_module, batch)`` -> scalar mean loss.
-        probe: What to measure on.
-        probe_samples: Samples to collect.
-        verify: When to compare the run before and after a reading.
-        full_batch: Whether the probe is all the data that a step uses.
-        batch_size_fn: Samples in a batch.
+        probe: The data to measure on, a :class:`Probe`, or what stands for one.
+        solver: How readings are solved, a :class:`Solver`.
         enabled: Switch; the environment variable ``EOS_MONITOR=off`` switches every monitor off.
         name: First part of the log keys and file names.
-        seed: Seed of the random direction and of start vectors.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -74,6 +71,7 @@ class PerturbationMonitor(AttachedMonitor):
         >>> print(trainer.callbacks[0].runs[1000])  # doctest: +SKIP
     """
 
+    @names_moved_arguments
     def __init__(
         self,
         at_steps: Sequence[int] = (),
@@ -84,14 +82,10 @@ class PerturbationMonitor(AttachedMonitor):
         every_n_steps: int | None = None,
         max_overhead: float = 0.05,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
-        probe: str | Iterable[Any] = "fixed",
-        probe_samples: int = 256,
-        verify: Literal["first", "always", False] = "first",
-        full_batch: bool | None = None,
-        batch_size_fn: Callable[[Any], int] | None = None,
+        probe: Probe | str | Iterable[Any] = "fixed",
+        solver: Solver | None = None,
         enabled: bool = True,
         name: str = "perturbation",
-        seed: int = 0,
     ) -> None:
         if perturbation not in _PERTURBATIONS:
             raise ValueError(f"Expected `perturbation` to be one of {_PERTURBATIONS}, got {perturbation!r}.")
@@ -107,25 +101,26 @@ class PerturbationMonitor(AttachedMonitor):
                 "max_overhead": max_overhead,
                 "loss_fn": loss_fn,
                 "probe": probe,
-                "probe_samples": probe_samples,
-                "verify": verify,
-                "full_batch": full_batch,
-                "batch_size_fn": batch_size_fn,
-                "seed": seed,
+                "solver": solver,
             },
         )
-        self._at_steps, self._on_restrained = sorted(at_steps), on_restrained
-        self._steps, self._perturbation, self._k, self._seed = steps, perturbation, k, seed
+        self._at_steps = sorted(at_steps)
+        self._on_restrained = on_restrained
+        self._steps = steps
+        self._perturbation = perturbation
+        self._k = k
+        self._seed = (solver or Solver()).seed
         self.runs: dict[int, TwinRun] = {}  # by the step that they started from
         self._done = -1  # the last step at which one was due and taken
-        self._restrained = False  # whether the verdict was RESTRAINED at the last occasion
+        self._restrained = False  # whether the verdict was RESTRAINED at the last reading
         self._fresh: TwinRun | None = None  # what is not written yet
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the host, or bring it; a checkpoint is loaded after this."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._done, self._restrained = -1, False
+            self._done = -1
+            self._restrained = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured when, as plain Python values."""
@@ -134,48 +129,53 @@ class PerturbationMonitor(AttachedMonitor):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state_dict)
-        self._done, self._restrained = state_dict["done"], state_dict["restrained"]
+        self._done = state_dict["done"]
+        self._restrained = state_dict["restrained"]
 
-    # ------------------------------------------------------------------ on the host's occasions
+    # ------------------------------------------------------------------ on the monitor's readings
 
-    def begin(self, trainer: Any, outputs: RunOutputs) -> None:
+    def begin(self, fit: WatchedFit) -> None:
         """Start afresh for a new fit; say so where nothing can be measured."""
-        super().begin(trainer, outputs)
-        self.runs, self._fresh = {}, None
+        super().begin(fit)
+        self.turn_off_if_synchronized(fit.trainer)
+        self.runs = {}
+        self._fresh = None
 
-    def measure(self, occasion: ReadingContext) -> None:
+    def measure(self, context: ReadingContext) -> None:
         """Let two copies go on, if that is due."""
         self._fresh = None
-        restrained = occasion.verdict is Verdict.RESTRAINED
+        restrained = context.verdict is Verdict.RESTRAINED
         turned = restrained and not self._restrained and self._on_restrained
-        if not turned and not any(self._done < step <= occasion.step for step in self._at_steps):
+        if not turned and not any(self._done < step <= context.step for step in self._at_steps):
             self._restrained = restrained
             return
-        if self._perturbation == "mode" and occasion.modes is None:
-            return  # the next occasion may have one
-        self._done, self._restrained = occasion.step, restrained
-        if not occasion.trainer.is_global_zero:
+        if self._perturbation == "mode" and context.modes is None:
+            return  # the next reading may have one
+        self._done = context.step
+        self._restrained = restrained
+        if not context.trainer.is_global_zero:
             return
         perturbation: str | Tensor = self._perturbation
-        if self._perturbation == "mode" and occasion.modes is not None:
-            perturbation = occasion.modes[:, 0]
-        optimizers = occasion.trainer.optimizers
-        self._fresh = self.runs[occasion.step] = twin_run(
-            occasion.pl_module,
-            occasion.loss_fn,
-            occasion.batches,
+        if self._perturbation == "mode" and context.modes is not None:
+            perturbation = context.modes[:, 0]
+        optimizers = context.trainer.optimizers
+        self._fresh = self.runs[context.step] = twin_run(
+            context.pl_module,
+            context.loss_fn,
+            context.batches,
             optimizers,
             steps=self._steps,
             perturbation=perturbation,
             k=self._k,
-            settings=_settings_of(optimizers, [occasion.ahead(n) for n in range(self._steps)]),
-            sandbox=occasion.sandbox(),
+            settings=_settings_of(optimizers, [context.ahead(n) for n in range(self._steps)]),
+            sandbox=context.sandbox(),
             seed=self._seed,
         )
 
     def write(self, step: int, verdict: Verdict) -> None:
         """Write what was measured at ``step``."""
-        run, self._fresh = self._fresh, None
+        run = self._fresh
+        self._fresh = None
         if run is None:
             return
         found = {"gain": run.gain[-1], "rate": run.rate, "relative_l1": run.relative_l1[-1]}

@@ -1,4 +1,4 @@
-"""What companions of a monitor find when it takes a reading."""
+"""What there is to measure beside a reading."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class ReadingContext:
     Attributes:
         trainer: The Trainer.
         pl_module: Its module.
-        loss_fn: The loss that the host measures.
-        batches: The host's probe, on the module's device.
-        step: Optimizer step that the occasion precedes.
-        measurement: The host's reading.
+        loss_fn: The loss that the monitor measures.
+        batches: The monitor's probe, on the module's device.
+        step: Optimizer step that the reading precedes.
+        measurement: The monitor's reading.
         modes: Critical modes of it, ``(n, k)``.
-        verdict: The host's, as of the step before.
+        verdict: The monitor's, as of the step before.
         ahead: n -> what the schedulers will have set n steps from the one to come; None where that is not known.
     """
 

@@ -1,4 +1,4 @@
-"""What a Trainer's schedulers will have set some steps from now."""
+"""What the schedulers of a Trainer will have set some steps from now."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from eos_monitor.forecast.lookahead import Position, Settings, SettingsAhead
-from eos_monitor.readings.guard import Attempts
+from eos_monitor.readings.guard import Guard
 
+_LOOKING_AHEAD = "looking ahead at what schedulers will set"
 _HORIZON = 5  # steps in which a rise of the learning rate is looked for
 _ASKED = 8
 
@@ -18,12 +19,13 @@ class TrainerSchedulers:
     Args:
         trainer: The Trainer.
         pl_module: Its module.
+        guard: Keeps a scheduler's failure from ending the run.
     """
 
-    def __init__(self, trainer: Any, pl_module: Any) -> None:
+    def __init__(self, trainer: Any, pl_module: Any, guard: Guard) -> None:
         self._trainer = trainer
+        self._guard = guard
         self._rates: list[float] = []  # of the present step and of those to come
-        self._attempts = Attempts("looking ahead at what schedulers will set")
         self._ahead = (
             SettingsAhead(trainer.lr_scheduler_configs, trainer.optimizers)
             if pl_module.automatic_optimization and trainer.lr_scheduler_configs
@@ -35,24 +37,26 @@ class TrainerSchedulers:
 
         None where nothing is scheduled, or it cannot be known. To be asked before the schedulers are stepped.
         """
-        ahead, trainer = self._ahead, self._trainer
-        if ahead is None or self._attempts.off is not None:
+        ahead = self._ahead
+        if ahead is None:
             return None
-        return self._attempts.run(lambda: ahead.after(steps, _position(trainer, batch_idx)))
+        position = _position(self._trainer, batch_idx)
+        return self._guard.run(_LOOKING_AHEAD, lambda: ahead.after(steps, position), together=True)
 
     def highest_rate(self, batch_idx: int) -> float | None:
         """Return the highest learning rate of the first group in the next five steps; None if it is not known.
 
         To be asked once a step: eight are asked for at once, and again after four or when the present one is another.
         """
-        ahead, trainer = self._ahead, self._trainer
-        if ahead is None or self._attempts.off is not None:
+        ahead = self._ahead
+        if ahead is None:
             return None
-        now = _first_rate(trainer.optimizers)
+        now = _first_rate(self._trainer.optimizers)
         if len(self._rates) > _HORIZON + 1 and self._rates[1] == now:
             self._rates.pop(0)
         else:
-            found = self._attempts.run(lambda: ahead.rates(_ASKED, _position(trainer, batch_idx)))
+            position = _position(self._trainer, batch_idx)
+            found = self._guard.run(_LOOKING_AHEAD, lambda: ahead.rates(_ASKED, position), together=True)
             self._rates = [now, *(found or ())]
         return max(self._rates[1 : _HORIZON + 1], default=None)
 

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from eos_monitor.curvature.hessian import SumOverRanks
-from eos_monitor.readings.guard import Attempts
+from eos_monitor.readings.guard import Guard
 from eos_monitor.verdicts.projector import UpdateProjector, movement
 
-LOT = 64  # steps that wait for one another where reading a number has a price
+BUFFERED = 64  # steps that wait for one another where reading a number has a price
+FOLLOWING = "following the steps"
 _RISE = 1.4  # of the learning rate, that is not kept waiting
 _TRIAL = 64  # steps after which the cost of following updates is known
 _SHARE = 0.25  # of the budget, that following updates may take
 
 _T = TypeVar("_T")
-Take = Callable[..., Any]  # take(step, loss=…, lr=…, …), as InstabilityDetector.update
+Consumer = Callable[..., Any]  # consumer(step, loss=…, lr=…, …), as InstabilityDetector.update
 
 
 @dataclass
@@ -33,66 +34,75 @@ class _Step:
 
 
 class StepBuffer:
-    """Hands on what each step brings, at once on the CPU unless told otherwise, and in lots elsewhere.
+    """Passes on what each step brings, at once on the CPU unless told otherwise, and many steps together elsewhere.
 
     On an accelerator every number that is read waits for it, and over several processes the loss of a step is a mean
-    that takes a collective call: there 64 steps are handed on together. Sooner where the learning rate rises fast and,
+    that takes a collective call: there 64 steps are passed on together. Sooner where the learning rate rises fast and,
     on the CPU, where a loss is not finite.
 
     Args:
         params: Parameters, in the order of all vectors.
-        take: What to hand it to.
+        consumer: What to pass it on to.
         movements: Whether to follow the updates; None for if that costs less than a quarter of ``max_overhead``.
         max_overhead: Budget, as a share of the training time.
         training_seconds: Clock of the training time, which stands still while a reading is taken.
-        lot: Steps that are handed on together on the CPU: one after the other, with training in between, each costs two
-            to three times as much.
+        buffered: Steps that are passed on together on the CPU: one after the other, with training in between, each
+            costs two to three times as much.
         processes: Number of processes of a data-parallel run.
         sum_over_ranks: Sum over them.
         from_first: What the first of them has, on every one.
         tell: Called with a sentence if updates turn out too expensive to follow.
+        guard: Keeps a failure from ending the run; one of its own by default.
         seed: Seed of the random projection.
     """
 
     def __init__(
         self,
         params: Sequence[Tensor],
-        take: Take,
+        consumer: Consumer,
         *,
         movements: bool | None = None,
         max_overhead: float = 0.05,
         training_seconds: Callable[[], float] = time.perf_counter,
-        lot: int = 1,
+        buffered: int = 1,
         processes: int = 1,
         sum_over_ranks: SumOverRanks | None = None,
         from_first: Callable[[Any], Any] = lambda value: value,
         tell: Callable[[str], None] = lambda sentence: None,
+        guard: Guard | None = None,
         seed: int = 0,
     ) -> None:
-        self._take, self._sum = take, sum_over_ranks
-        self._from_first, self._tell = from_first, tell
-        self._attempts = Attempts("following the steps")
-        self._params, self._seed = list(params), seed
-        self._motion = UpdateProjector(params, seed) if movements is not False and params else None
-        self._on_trial, self._max_overhead = movements is None, max_overhead
+        self._consumer = consumer
+        self._sum = sum_over_ranks
+        self._from_first = from_first
+        self._tell = tell
+        self._guard = Guard() if guard is None else guard
+        self._params = list(params)
+        self._seed = seed
+        self._projector = UpdateProjector(params, seed) if movements is not False and params else None
+        self._on_trial = movements is None
+        self._max_overhead = max_overhead
         self._cheap = processes == 1 and all(p.device.type == "cpu" for p in params)
-        self._lot = lot if self._cheap else LOT
+        self._buffered = buffered if self._cheap else BUFFERED
         self._waiting: list[_Step] = []
         self._open: _Step | None = None
         self._losses: list[Tensor] = []  # of the micro-batches so far
         self._movement: Tensor | None = None
         self._last_lr: tuple[float, ...] = ()
-        self._training_seconds, self._began = training_seconds, training_seconds()
+        self._training_seconds = training_seconds
+        self._began = training_seconds()
         self._spent = 0.0
-        self._ended, self._last_ended = 0, -1
+        self._ended = 0
+        self._last_ended = -1
 
-    def aim(self, w: Tensor | None, params: Sequence[Tensor]) -> None:
+    def project_on(self, w: Tensor | None, params: Sequence[Tensor]) -> None:
         """Project updates of ``params`` on ``w``, ``(n,)``, from now on."""
-        if self._motion is None:
+        if self._projector is None:
             return
         if len(params) != len(self._params) or any(a is not b for a, b in zip(params, self._params, strict=True)):
-            self._params, self._motion = list(params), UpdateProjector(params, self._seed)  # some were frozen or thawed
-        self._timed(lambda motion: motion.aim(w))
+            self._params = list(params)  # some were frozen or thawed
+            self._projector = UpdateProjector(params, self._seed)
+        self._timed(lambda projector: projector.aim(w))
 
     def begin(self, step: int, settings: Callable[[], Mapping[str, Any]]) -> None:
         """Say that the update of ``step`` comes next; once a step, further calls do nothing.
@@ -105,15 +115,15 @@ class StepBuffer:
             return
         self._open = _Step(step, self._attempt(settings) or {}, movement=self._movement)
         self._movement = None
-        self._timed(lambda motion: motion.before())
+        self._timed(lambda projector: projector.before())
         before = self._last_lr
         # A learning rate that stays can wait for the loss of the step.
-        if self._rises(self._open.settings) or (self._lot == 1 and self._last_lr != before):
+        if self._rises(self._open.settings) or (self._buffered == 1 and self._last_lr != before):
             self.flush()
-            self._hand_on(self._open)
+            self._pass_on(self._open)
             self._open = _Step(step)
 
-    def loss(self, loss: Tensor | float, factor: float = 1.0, *, whole: bool = False) -> None:
+    def add_loss(self, loss: Tensor | float, factor: float = 1.0, *, whole: bool = False) -> None:
         """Take in ``factor`` · ``loss`` of one micro-batch of the present step, whose loss is the mean over them.
 
         Args:
@@ -123,8 +133,8 @@ class StepBuffer:
         """
         value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64)
         self._losses.append(value if factor == 1.0 else value * factor)
-        if whole and self._lot == 1 and self._open is not None:
-            self._hand_on(self._open, float(self._losses.pop()))
+        if whole and self._buffered == 1 and self._open is not None:
+            self._pass_on(self._open, float(self._losses.pop()))
             self._open = _Step(self._open.step)
 
     def end(self, step: int) -> None:
@@ -133,52 +143,53 @@ class StepBuffer:
         if step == self._last_ended or (self._sum is None and self._open is None and not self._losses):
             return
         self._last_ended = step
-        ended, self._open = self._open or _Step(step), None
+        ended = self._open or _Step(step)
+        self._open = None
         if self._losses:
             ended.loss = self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).mean()
             self._losses = []
-        self._movement = self._timed(lambda motion: motion.after())
+        self._movement = self._timed(lambda projector: projector.after())
         self._waiting.append(ended)
         self._ended += 1
         lost = self._cheap and ended.loss is not None and not math.isfinite(float(ended.loss))
-        if lost or len(self._waiting) >= self._lot:
+        if lost or len(self._waiting) >= self._buffered:
             self.flush()
         if self._on_trial and self._ended == _TRIAL:
-            self._try()
+            self._judge_cost()
 
     def flush(self) -> None:
-        """Hand on what waits; on every process of a run, or on none."""
+        """Pass on what waits; on every process of a run, or on none."""
         if not self._waiting:
             return
-        waiting, self._waiting = self._waiting, []
+        waiting = self._waiting
+        self._waiting = []
         losses = _read([step.loss for step in waiting], 1)
         movements = _read([step.movement for step in waiting], 4)
         means = self._mean_losses([None if value is None else value[0] for value in losses])
         for step, loss, moved in zip(waiting, means, movements, strict=True):
-            self._hand_on(step, loss, moved)
+            self._pass_on(step, loss, moved)
 
-    def _hand_on(self, step: _Step, loss: float | None = None, moved: list[float] | None = None) -> None:
+    def _pass_on(self, step: _Step, loss: float | None = None, moved: list[float] | None = None) -> None:
         if moved is None and step.movement is not None:
             moved = _read([step.movement], 4)[0]
         inputs = dict(step.settings) | ({} if moved is None else movement(moved)._asdict())
         if loss is not None:
             inputs["loss"] = loss
         if not inputs and self._cheap:
-            return  # all of it was handed on before
-        self._attempt(lambda: self._take(step.step, **inputs))
+            return  # all of it was passed on before
+        self._attempt(lambda: self._consumer(step.step, **inputs))
 
     def _timed(self, action: Callable[[UpdateProjector], Tensor | None]) -> Tensor | None:
-        motion = self._motion
-        if motion is None:
+        projector = self._projector
+        if projector is None:
             return None
         began = time.perf_counter()
-        result = self._attempt(lambda: action(motion))
+        result = self._attempt(lambda: action(projector))
         self._spent += time.perf_counter() - began
         return result
 
     def _attempt(self, action: Callable[[], _T]) -> _T | None:
-        """Do something that must not end the run, nor keep a process from the next sum over all."""
-        return None if self._attempts.off else self._attempts.run(action)
+        return self._guard.run(FOLLOWING, action, together=True)
 
     def _mean_losses(self, losses: list[float | None]) -> list[float | None]:
         """Return the means over all processes that have a loss."""
@@ -191,16 +202,19 @@ class StepBuffer:
         return [total / count if count else None for total, count in zip(sums[:n], sums[n:], strict=True)]
 
     def _rises(self, settings: Mapping[str, Any]) -> bool:
-        last, self._last_lr = self._last_lr, tuple(settings.get("lr", ()))
+        last = self._last_lr
+        self._last_lr = tuple(settings.get("lr", ()))
         ahead = settings.get("lr_ahead")
         foreseen = ahead is not None and bool(self._last_lr) and ahead >= _RISE * self._last_lr[0]
         return foreseen or any(b >= _RISE * a > 0.0 for a, b in zip(last, self._last_lr, strict=False))
 
-    def _try(self) -> None:
+    def _judge_cost(self) -> None:
+        """Give up following the updates if that takes more than its share."""
         self._on_trial = False
         share = self._spent / max(self._training_seconds() - self._began, 1e-9)
-        if self._from_first(share > _SHARE * self._max_overhead) and self._motion is not None:
-            self._motion = self._movement = None
+        if self._from_first(share > _SHARE * self._max_overhead) and self._projector is not None:
+            self._projector = None
+            self._movement = None
             self._tell(
                 f"updates are not followed, because that would take {share:.1%} of the training time; projections=True "
                 "follows them all the same"

@@ -25,7 +25,7 @@ def a_parameter() -> nn.Parameter:
 def run(steps: StepBuffer, p: nn.Parameter, count: int, *, lr: Any = lambda step: 0.1, micro: int = 1) -> None:
     for step in range(count):
         for part in range(micro):
-            steps.loss(torch.tensor(float(step + part)))
+            steps.add_loss(torch.tensor(float(step + part)))
         steps.begin(step, lambda step=step: {"lr": (lr(step),)})
         with torch.no_grad():
             p.mul_(0.5)
@@ -45,7 +45,7 @@ def several(**settings: Any) -> dict[str, Any]:
 def test_everything_arrives_at_once_on_one_processor() -> None:
     p, taken = a_parameter(), Taken()
     steps = StepBuffer([p], taken, movements=True)
-    steps.aim(torch.ones(4), [p])
+    steps.project_on(torch.ones(4), [p])
     run(steps, p, 3)
     assert taken.of("loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
     assert taken.of("lr") == [(0, (0.1,)), (1, (0.1,)), (2, (0.1,))]
@@ -91,14 +91,14 @@ def test_a_rise_that_is_foreseen_does_not_wait_either() -> None:
 
 def test_lots_on_the_cpu_wait_and_a_loss_that_is_not_finite_does_not() -> None:
     p, taken = a_parameter(), Taken()
-    steps = StepBuffer([p], taken, movements=True, lot=8)
+    steps = StepBuffer([p], taken, movements=True, buffered=8)
     run(steps, p, 7)
     assert not taken
-    steps.loss(torch.tensor(math.nan))
+    steps.add_loss(torch.tensor(math.nan))
     steps.begin(7, dict)
     steps.end(7)
     assert [step for step, _ in taken.of("loss")][:7] == list(range(7))
-    run(StepBuffer([p], taken, movements=False, lot=8), p, 4, lr=lambda step: 0.5 if step == 3 else 0.1)
+    run(StepBuffer([p], taken, movements=False, buffered=8), p, 4, lr=lambda step: 0.5 if step == 3 else 0.1)
     assert taken.of("lr")[-1] == (3, (0.5,))
 
 
@@ -108,7 +108,7 @@ def test_a_whole_loss_is_handed_on_once() -> None:
     for step in range(3):
         steps.end(step - 1)
         steps.begin(step, lambda: {"lr": (0.1,)})
-        steps.loss(float(step), whole=True)
+        steps.add_loss(float(step), whole=True)
         assert taken.of("loss")[-1] == (step, float(step))
     steps.end(2)
     assert len(taken.of("loss")) == 3
@@ -151,7 +151,7 @@ def test_parameters_that_are_thawed_later_are_followed() -> None:
     p, q, taken = a_parameter(), a_parameter(), Taken()
     steps = StepBuffer([p], taken, movements=True)
     run(steps, p, 2)
-    steps.aim(torch.ones(8), [p, q])
+    steps.project_on(torch.ones(8), [p, q])
     steps.begin(2, dict)
     with torch.no_grad():
         q.add_(1.0)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-import torch
-
-from eos_monitor.isolation.fingerprint import Fingerprint, fingerprint
+from eos_monitor.isolation.fingerprint import Fingerprint
 from eos_monitor.monitor.engine import Engine
+from eos_monitor.readings.guard import MEASURING
 from eos_monitor.readings.reading import Measurement
 
+_LOOKING = "verifying a reading"
 _NAMED = 5
 
 
@@ -29,9 +28,9 @@ class Verification:
     """
 
     def __init__(self, when: str | bool) -> None:
-        if when is not False and when not in ("first", "always"):
-            raise ValueError(f"Expected `verify` to be 'first', 'always' or False, got {when!r}.")
-        self._when, self._done = when, when is False
+        check_verify(when)
+        self._when = when
+        self._done = when is False
 
     def around(
         self,
@@ -40,13 +39,20 @@ class Verification:
         say: Callable[[str], None],
         measure: Callable[[], Measurement | None],
     ) -> Measurement | None:
-        """Measure; what that changed is told in one warning, and switches the engine off, on every process."""
+        """Measure; what that changed is told in one warning, and switches the engine off, on every process.
+
+        Args:
+            look: Takes the fingerprint of the run.
+            engine: The engine that measures.
+            say: Called with what cannot be compared, in words.
+            measure: Takes the reading.
+        """
         if self._done:
             return measure()
         began = time.perf_counter()
-        before = _attempt(look, engine)
+        before = engine.guard.run(_LOOKING, look)
         measurement = measure()
-        after = _attempt(look, engine) if before is not None else None
+        after = None if before is None else engine.guard.run(_LOOKING, look)
         changes = before.changes(after) if before is not None and after is not None else []
         if measurement is not None and self._when == "always":
             # What the next one will cost, too.
@@ -60,10 +66,8 @@ class Verification:
         return measurement
 
     def _judge(self, changes: list[str], engine: Engine) -> None:
-        found = float(bool(changes))
-        if engine.ranks.sum is not None:
-            # One that stopped alone would leave the others waiting in the next reading.
-            found = float(engine.ranks.sum(torch.tensor([found]))[0])
+        # One that stopped alone would leave the others waiting in the next reading.
+        (found,) = engine.ranks.total(float(bool(changes)))
         if not found:
             return
         self._done = True
@@ -73,23 +77,19 @@ class Verification:
             "loss_fn (or define curvature_loss) that leaves it alone, or verify=False if it does not matter."
         )
         if engine.off is None:
-            engine.turn_off(why)
+            engine.guard.turn_off(MEASURING, why)
         else:
-            engine.warn_once("verify", f"eos_monitor: {why}")  # it may be why the products were wrong
+            engine.guard.warn_once("verify", f"eos_monitor: {why}")  # it may be why the products were wrong
 
 
-def run_fingerprint(trainer: Any, pl_module: Any, *, leave_out: tuple[Any, ...]) -> Fingerprint:
-    """Look at everything that a reading could reach in a Trainer's run."""
-    schedulers = {f"lr_schedulers[{i}]": config.scheduler for i, config in enumerate(trainer.lr_scheduler_configs)}
-    return fingerprint(pl_module, trainer.optimizers, also=schedulers, leave_out=(trainer, *leave_out))
+def check_verify(when: str | bool) -> None:
+    """Check the ``verify=`` argument.
 
-
-def _attempt(look: Callable[[], Fingerprint], engine: Engine) -> Fingerprint | None:
-    try:
-        return look()
-    except Exception as error:
-        engine.warn_once("look", f"eos_monitor could not verify a reading. {type(error).__name__}: {error}")
-        return None
+    Raises:
+        ValueError: If it is neither ``"first"`` nor ``"always"`` nor False.
+    """
+    if when is not False and when not in ("first", "always"):
+        raise ValueError(f"Expected `verify` to be 'first', 'always' or False, got {when!r}.")
 
 
 def _listed(places: list[str]) -> str:
