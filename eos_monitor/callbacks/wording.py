@@ -87,5 +87,6 @@ def describe_start(engine: Engine, reading: StabilityReading, loss: str) -> str:
     processes = f" of each of {engine.ranks.size} processes" if engine.ranks.size > 1 else ""
     return (
         f"{describe_threshold(reading)}; loss from {loss}; probe: {engine.samples.describe()}{processes}; first "
-        f"reading {reading.seconds:.2g} s ({reading.matvecs} products), then {cadence}; start-up {schedule.startup:.2g} s"
+        f"reading {reading.seconds:.2g} s ({reading.matvecs} products), then {cadence}; start-up "
+        f"{schedule.startup:.2g} s"
     )

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from eos_monitor.callbacks.edge_of_stability import EdgeOfStabilityMonitor
 from eos_monitor.dashboard.figures import normalized_batch_sharpness, runs_figure
+from eos_monitor.readings.settings import Probe, Solver
 
 # Odd, because at the edge the weights flip with period 2: an even cadence would always see the same side.
 _READ_EVERY = 15
@@ -375,10 +376,8 @@ def _digits(centred: bool) -> Batch:
 def _train(case: _Case, folder: Path, steps: int, seed: int) -> EdgeRun:
     monitor = EdgeOfStabilityMonitor(
         every_n_steps=case.read_every,
-        probe_samples=case.probe_samples,
-        rtol=case.rtol,
-        full_batch=case.batch_size is None,
-        seed=seed,
+        probe=Probe(samples=case.probe_samples, full_batch=case.batch_size is None),
+        solver=Solver(rtol=case.rtol, seed=seed),
     )
     logger = TensorBoardLogger(folder, name=case.name.replace(" ", "_").lower(), default_hp_metric=False)
     tqdm.write(f"\n{case.name}, {case.settings}, torch's defaults otherwise")
