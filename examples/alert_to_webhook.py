@@ -13,7 +13,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from eos_monitor import EdgeOfStabilityMonitor, WebhookSink
+from eos_monitor import EdgeOfStabilityMonitor, Probe, WebhookSink
 
 
 class Regression(LightningModule):
@@ -61,7 +61,7 @@ def main(steps: int = 80) -> list[str]:
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        callbacks=[EdgeOfStabilityMonitor(every_n_steps=10, probe_samples=64, alerts=("log", sink))],
+        callbacks=[EdgeOfStabilityMonitor(every_n_steps=10, probe=Probe(samples=64), alerts=("log", sink))],
     )
     try:
         trainer.fit(Regression(), DataLoader(data, batch_size=64))

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader
 
-from eos_monitor import CFLMonitor, EdgeOfStabilityMonitor
+from eos_monitor import CFLMonitor, EdgeOfStabilityMonitor, Probe
 
 
 class Classifier(LightningModule):
@@ -51,7 +51,7 @@ def main(steps: int = 200, lr: float = 0.6) -> str:
     trainer = Trainer(
         max_steps=steps,
         accelerator="cpu",
-        callbacks=[EdgeOfStabilityMonitor(every_n_steps=4, probe_samples=384), monitor],
+        callbacks=[EdgeOfStabilityMonitor(every_n_steps=4, probe=Probe(samples=384)), monitor],
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,

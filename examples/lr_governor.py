@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from eos_monitor import EdgeOfStabilityMonitor
+from eos_monitor import EdgeOfStabilityMonitor, Probe, StabilityActions
 
 JUMP = 100  # step
 
@@ -44,11 +44,13 @@ class Losses(Callback):
         self.values.append(float(outputs["loss"]))
 
 
-def train(steps: int, **settings: object) -> tuple[list[float], EdgeOfStabilityMonitor]:
+def train(steps: int, *, dry_run: bool) -> tuple[list[float], EdgeOfStabilityMonitor, StabilityActions]:
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.as_tensor(images[:512] / 16, dtype=torch.float32), torch.as_tensor(labels[:512]))
-    losses, monitor = Losses(), EdgeOfStabilityMonitor(every_n_steps=10, probe_samples=512, **settings)
+    losses = Losses()
+    monitor = EdgeOfStabilityMonitor(every_n_steps=10, probe=Probe(samples=512))
+    actions = StabilityActions("cap-lr", "restore", dry_run=dry_run)
     trainer = Trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -57,15 +59,15 @@ def train(steps: int, **settings: object) -> tuple[list[float], EdgeOfStabilityM
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[losses, monitor],
+        callbacks=[losses, monitor, actions],
     )
     trainer.fit(Classifier(), DataLoader(data, batch_size=512))
-    return losses.values, monitor
+    return losses.values, monitor, actions
 
 
-def draw(runs: dict[str, tuple[list[float], EdgeOfStabilityMonitor]]) -> None:
+def draw(runs: dict[str, tuple[list[float], EdgeOfStabilityMonitor, StabilityActions]]) -> None:
     figure, axes = plt.subplots(3, 1, figsize=(8, 7.5), sharex=True, layout="constrained")
-    for (label, (losses, monitor)), color in zip(runs.items(), ("tab:red", "tab:blue"), strict=True):
+    for (label, (losses, monitor, _)), color in zip(runs.items(), ("tab:red", "tab:blue"), strict=True):
         steps = [reading.step for reading in monitor.readings]
         axes[0].semilogy(losses, color=color, label=label)
         axes[1].semilogy(steps, [r.edge_ratio or float("nan") for r in monitor.readings], ".-", color=color)
@@ -80,14 +82,14 @@ def draw(runs: dict[str, tuple[list[float], EdgeOfStabilityMonitor]]) -> None:
 
 
 def main(steps: int = 500) -> list[str]:
-    dry = train(steps, actions=("cap-lr", "restore"))
-    acting = train(steps, actions=("cap-lr", "restore"), dry_run=False)
+    dry = train(steps, dry_run=True)
+    acting = train(steps, dry_run=False)
     draw({"dry run": dry, "acting": acting})
-    for losses, monitor in (dry, acting):
+    for losses, _, actions in (dry, acting):
         print(f"last loss {losses[-1]:.3g}")
-        for action in monitor.actions:
+        for action in actions.done:
             print(f"  step {action['step']}: {action['message']}")
-    return [action["message"] for _, monitor in (dry, acting) for action in monitor.actions]
+    return [action["message"] for _, _, actions in (dry, acting) for action in actions.done]
 
 
 if __name__ == "__main__":

@@ -174,7 +174,10 @@ class MonitoredFit:
             self._begin_update(window)
             pending = self._pending
             if pending is not None and pending.carried is None:
-                pending.carry(self.engine.guard.run(_CARRYING, lambda: self._carried(pending.measurement, window)))
+                carried = self.engine.guard.run(
+                    _CARRYING, lambda: self._carried(pending.measurement, window), gives_up=False
+                )
+                pending.carry(carried)
             self._observers.each(lambda observer: observer.before_optimizer_step(optimizer), together=True)
 
     @_hook

@@ -169,7 +169,7 @@ class RunOutputs:
         return [experiment for experiment in found if callable(getattr(experiment, method, None))]
 
     def _attempt(self, topic: str, action: Callable[..., Any], *args: Any) -> Any:
-        return self._guard.run(f"output ({topic})", lambda: action(*args), gives_up=False)
+        return self._guard.run(f"an output ({topic})", lambda: action(*args), gives_up=False)
 
 
 def lightning_logger(trainer: Any) -> logging.Logger:

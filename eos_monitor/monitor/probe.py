@@ -268,7 +268,7 @@ class StabilityProbe:
         if not self._throttle.passes(alert):
             return
         for sink in self._sinks:
-            self._engine.guard.run("output (sink)", lambda sink=sink: sink(alert), gives_up=False)  # type: ignore[misc]
+            self._engine.guard.run("an output (sink)", lambda sink=sink: sink(alert), gives_up=False)  # type: ignore[misc]
 
 
 def _scheduled(entry: Any) -> Any:

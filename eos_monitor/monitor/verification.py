@@ -8,10 +8,9 @@ from dataclasses import replace
 
 from eos_monitor.isolation.fingerprint import Fingerprint
 from eos_monitor.monitor.engine import Engine
-from eos_monitor.readings.guard import MEASURING
+from eos_monitor.readings.guard import MEASURING, VERIFYING
 from eos_monitor.readings.reading import Measurement
 
-_LOOKING = "verifying a reading"
 _NAMED = 5
 
 
@@ -50,9 +49,9 @@ class Verification:
         if self._done:
             return measure()
         began = time.perf_counter()
-        before = engine.guard.run(_LOOKING, look)
+        before = engine.guard.run(VERIFYING, look, gives_up=False)
         measurement = measure()
-        after = None if before is None else engine.guard.run(_LOOKING, look)
+        after = None if before is None else engine.guard.run(VERIFYING, look, gives_up=False)
         changes = before.changes(after) if before is not None and after is not None else []
         if measurement is not None and self._when == "always":
             # What the next one will cost, too.

@@ -14,6 +14,8 @@ import torch
 from eos_monitor.curvature.hessian import SumOverRanks
 
 MEASURING = "measuring"
+VERIFYING = "verifying a reading"
+_FAILED = {MEASURING: " could not take a reading", VERIFYING: " could not verify a reading"}
 _GIVE_UP_AFTER = 3
 _T = TypeVar("_T")
 
@@ -75,10 +77,11 @@ class Guard:
         """Count a failure, and tell it if it is the first."""
         self._failures[activity] += 1
         what = _described(error)
-        words = "could not take a reading" if activity == MEASURING else f"failed in {activity}"
-        self.warn_once(f"failed {activity}", f"eos_monitor {words}; training goes on. {what}")
+        words = _FAILED.get(activity, f": {activity} failed")
+        self.warn_once(f"failed {activity}", f"eos_monitor{words}; training goes on. {what}")
         if gives_up and self._failures[activity] >= _GIVE_UP_AFTER:
-            self.turn_off(activity, f"It failed {_GIVE_UP_AFTER} times in a row, the last time with {what}")
+            attempts = "readings" if activity == MEASURING else "attempts"
+            self.turn_off(activity, f"{_GIVE_UP_AFTER} {attempts} in a row failed, the last with {what}")
 
     def turn_off(self, activity: str, why: str) -> None:
         """Stop an activity for the rest of the run."""

@@ -130,7 +130,7 @@ def _row(workload: Workload) -> tuple[list[str], list[str]]:
     hooks = monitor.hook_seconds
     inside = sum(sum(hooks[hook]) for hook in BATCH_HOOKS)
     readings = [reading for reading in monitor.readings if reading.edge_ratio is not None]
-    own = monitor._fit.engine.schedule.overhead
+    own = monitor._engine.schedule.overhead
     steps = len(watched.step_seconds)
     shares = [
         f"{steps:,}",

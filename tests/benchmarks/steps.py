@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
+from eos_monitor.readings.settings import Probe
 from eos_monitor.verdicts.projector import UpdateProjector
 from tests.benchmarks.clock import interleaved
 from tests.benchmarks.optimizers import peak
@@ -87,7 +88,7 @@ def _microseconds(net: str, optimizer: str, scheduler: str, *, projections: bool
     """CPU time of the callback's hooks in a step without a reading: median over 64 steps each, of the means in them."""
     torch.manual_seed(3)
     monitor = TimedMonitor(
-        time.thread_time, every_n_steps=_EVERY, projections=projections, verify=False, probe_samples=32
+        time.thread_time, every_n_steps=_EVERY, projections=projections, verify=False, probe=Probe(samples=32)
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 
-from eos_monitor import EdgeOfStabilityMonitor
+from eos_monitor import EdgeOfStabilityMonitor, Probe, StabilityActions
 from tests.callbacks.runs import CLASSES, FEATURES, mlp
 
 
@@ -37,15 +37,15 @@ class Net(pl.LightningModule):
 
 
 class Write(pl.Callback):
-    def __init__(self, folder: Path, monitor: EdgeOfStabilityMonitor) -> None:
-        self.folder, self.monitor, self.factors = folder, monitor, []
+    def __init__(self, folder: Path, acting: StabilityActions) -> None:
+        self.folder, self.acting, self.factors = folder, acting, []
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.factors.append(self.monitor._fit.actions.factors)
+        self.factors.append(self.acting.factors)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         result = {
-            "actions": self.monitor.actions,
+            "actions": self.acting.done,
             "factors": self.factors,
             "weights": [p.detach() for p in pl_module.parameters()],
         }
@@ -59,14 +59,8 @@ def main(cadence: int | None, jump: float, folder: Path) -> None:
     data = torch.utils.data.TensorDataset(
         torch.randn(64, FEATURES, generator=g), torch.randint(CLASSES, (64,), generator=g)
     )
-    monitor = EdgeOfStabilityMonitor(
-        every_n_steps=cadence,
-        max_overhead=1.0,
-        probe_samples=32,
-        alerts=(),
-        actions=("cap-lr", "restore", "checkpoint"),
-        dry_run=False,
-    )
+    monitor = EdgeOfStabilityMonitor(every_n_steps=cadence, max_overhead=1.0, probe=Probe(samples=32), alerts=())
+    acting = StabilityActions("cap-lr", "restore", "checkpoint", dry_run=False)
     trainer = pl.Trainer(
         max_steps=400,
         max_epochs=-1,
@@ -74,7 +68,7 @@ def main(cadence: int | None, jump: float, folder: Path) -> None:
         devices=2,
         strategy="ddp",
         logger=False,
-        callbacks=[monitor, Write(folder, monitor)],
+        callbacks=[acting, monitor, Write(folder, acting)],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

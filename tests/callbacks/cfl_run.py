@@ -11,7 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from eos_monitor import CFLMonitor, EdgeOfStabilityMonitor
+from eos_monitor import CFLMonitor, EdgeOfStabilityMonitor, Probe
 from eos_monitor.cfl.tiers import CFLGauge
 from tests.callbacks.distributed_run import Net, Rows
 from tests.callbacks.runs import CLASSES, FEATURES, everything
@@ -25,7 +25,7 @@ def main(attached: bool, fault: str, folder: Path) -> None:
         torch.randn(64, FEATURES, generator=g), torch.randint(CLASSES, (64,), generator=g)
     )
     monitor = CFLMonitor()
-    host = EdgeOfStabilityMonitor(every_n_steps=2, probe_samples=32, alerts=())
+    host = EdgeOfStabilityMonitor(every_n_steps=2, probe=Probe(samples=32), alerts=())
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("on purpose")

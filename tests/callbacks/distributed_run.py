@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eos_monitor import EdgeOfStabilityMonitor
+from eos_monitor import EdgeOfStabilityMonitor, Probe
 from tests.callbacks.runs import CLASSES, FEATURES, everything, make_logger
 
 Rows = type(make_logger(pl))
@@ -74,13 +74,13 @@ class Write(pl.Callback):
             ]
             # A reading before step n measures what step n − 1 left.
             result["weights at the readings"] = [self.weights[r.step - 1] for r in self.monitor.readings]
-            result["verdict"] = [(step, int(verdict)) for step, verdict in self.monitor._fit.engine.verdicts]
+            result["verdict"] = [(step, int(verdict)) for step, verdict in self.monitor._engine.verdicts]
         torch.save(result, self.folder / f"rank{trainer.global_rank}.pt")
 
 
 def fail_at_the_end(monitor: EdgeOfStabilityMonitor, trainer: pl.Trainer) -> None:
     """Let every fifth reading fail on rank 1, when the last product has been summed."""
-    gauge, calls = monitor._fit.engine._gauge, 0
+    gauge, calls = monitor._engine._gauge, 0
     measure = gauge.measure
 
     def measure_and_fail(*args: Any, **kwargs: Any) -> Any:
@@ -107,7 +107,7 @@ def main(strategy: str, with_monitor: bool, fault: str, samples: int, folder: Pa
     if with_monitor:
         cadence = None if fault == "late" else 1  # by the clock, which is another one on each rank
         monitor = EdgeOfStabilityMonitor(
-            every_n_steps=cadence, max_overhead=1.0, probe_samples=32, loss_fn=FaultyLoss(fault), alerts=()
+            every_n_steps=cadence, max_overhead=1.0, probe=Probe(samples=32), loss_fn=FaultyLoss(fault), alerts=()
         )
     trainer = pl.Trainer(
         max_epochs=6,

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from tqdm import tqdm
 
-from eos_monitor import EdgeOfStabilityMonitor
+from eos_monitor import EdgeOfStabilityMonitor, Probe, StabilityActions
 from tests.benchmarks.tables import Table, write
 from tests.callbacks.runs import CLASSES, FEATURES, mlp
 
@@ -161,8 +161,8 @@ def loop(run: Run, lr: float, *, scheduled: bool, seed: int = 0) -> list[float]:
     return losses
 
 
-def fit(run: Run, folder: Path, seed: int = 0, **settings: Any) -> tuple[list[float], EdgeOfStabilityMonitor, Any]:
-    """Train with Lightning and the monitor; return losses, monitor and Trainer."""
+def fit(run: Run, folder: Path, seed: int = 0) -> tuple[list[float], StabilityActions, Any]:
+    """Train with Lightning and the monitor; return losses, actions and Trainer."""
     losses: list[float] = []
 
     class Module(pl.LightningModule):
@@ -189,22 +189,23 @@ def fit(run: Run, folder: Path, seed: int = 0, **settings: Any) -> tuple[list[fl
         return run.loss(module.net(batch[0]), batch[1])
 
     monitor = EdgeOfStabilityMonitor(
-        every_n_steps=run.every, probe_samples=SAMPLES, loss_fn=loss_fn, alerts=(), **{**run.monitor, **settings}
+        every_n_steps=run.every, probe=Probe(samples=SAMPLES), loss_fn=loss_fn, alerts=(), **run.monitor
     )
+    acting = StabilityActions("cap-lr", "restore", dry_run=False)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), batch_size=run.batch)
     trainer = pl.Trainer(
         max_steps=STEPS,
         max_epochs=-1,
         accelerator="cpu",
         logger=False,
-        callbacks=[monitor],
+        callbacks=[monitor, acting],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
     )
     trainer.fit(Module(), loader)
-    return losses, monitor, trainer
+    return losses, acting, trainer
 
 
 def final(losses: list[float]) -> float:
@@ -243,8 +244,8 @@ def holds(run: Run, folder: Path, seed: int = 0) -> bool:
     """Whether a monitor that acts brings the run to within 1.5 × of the best fixed learning rate."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # CyclicLR and SequentialLR warn of themselves
-        losses, monitor, _ = fit(run, folder, seed, actions=("cap-lr", "restore"), dry_run=False)
-    assert monitor.actions
+        losses, acting, _ = fit(run, folder, seed)
+    assert acting.done
     return final(losses) <= 1.5 * best(run, seed)
 
 

@@ -15,11 +15,11 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from eos_monitor import EdgeOfStabilityMonitor, JSONLinesSink, Verdict, WebhookSink
+from eos_monitor import EdgeOfStabilityMonitor, JSONLinesSink, Probe, StabilityActions, Verdict, WebhookSink
 from eos_monitor.callbacks.rate_factors import RateFactors
 from eos_monitor.callbacks.snapshots import Snapshot, Snapshots
 from eos_monitor.forecast.lr_governor import LrGovernor
-from eos_monitor.monitor.engine import append_jsonl
+from eos_monitor.monitor.rows import append_jsonl
 from tests.callbacks.runs import NAMESPACES, Case, differences, mlp, run
 
 ALL = ("stop", "checkpoint", "cap-lr", "restore")
@@ -56,22 +56,21 @@ class Quadratic(pl.LightningModule):
 
 
 def fit(folder: Path, module: Any, steps: int = 40, ckpt_path: Any = None, **settings: Any) -> Any:
-    monitor = EdgeOfStabilityMonitor(
-        **{"every_n_steps": 5, "probe_samples": 1, "full_batch": True, "alerts": (), **settings}
-    )
+    monitor = EdgeOfStabilityMonitor(5, probe=Probe(samples=1, full_batch=True), alerts=())
+    acting = StabilityActions(**settings)
     trainer = pl.Trainer(
         max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",
         logger=False,
-        callbacks=[monitor],
+        callbacks=[monitor, acting],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
     )
     trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(1, 1)), ckpt_path=ckpt_path)
-    return monitor, trainer
+    return monitor, acting, trainer
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -83,17 +82,17 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def test_cap_holds_from_the_very_step_and_schedulers_never_see_it(tmp_path: Path) -> None:
     module = Quadratic(factor=9.0)
-    monitor, trainer = fit(tmp_path, module, actions=("cap-lr",), dry_run=False, edge_target=0.8)
+    monitor, acting, trainer = fit(tmp_path, module, what=("cap-lr",), dry_run=False, edge_target=0.8)
     # The jump leads to r = 0.9 · 4 / 2 = 1.8; the line for a jump of gradient descent is 2.3: nothing to do.
-    assert monitor.actions == []
+    assert acting.done == []
     assert module.used == pytest.approx([0.1] * 20 + [0.9] * 20, rel=1e-9)
     module = Quadratic(factor=20.0)
-    monitor, trainer = fit(tmp_path, module, actions=("cap-lr",), dry_run=False, edge_target=0.8)
+    monitor, acting, trainer = fit(tmp_path, module, what=("cap-lr",), dry_run=False, edge_target=0.8)
     # r = 0.8 is lr 0.4 on this quadratic. The reading is good to a hundredth.
     assert module.used == pytest.approx([0.1] * 20 + [0.4] * 20, rel=0.02)
     assert module.scheduled == pytest.approx([0.1] * 19 + [2.0] * 21, rel=1e-12)
     assert trainer.optimizers[0].param_groups[0]["lr"] == 2.0
-    [action] = monitor.actions
+    [action] = acting.done
     assert (action["step"], action["action"], action["dry_run"]) == (20, "cap-lr", False)
     assert action["lr"] == [2.0]
     assert action["to"] == pytest.approx([0.4], rel=0.02)
@@ -107,16 +106,17 @@ def test_release_gives_the_rates_back(tmp_path: Path) -> None:
     class Release(pl.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step == 30:
-                next(c for c in trainer.callbacks if isinstance(c, EdgeOfStabilityMonitor)).release()
+                next(c for c in trainer.callbacks if isinstance(c, StabilityActions)).release()
 
     module = Quadratic(factor=20.0)
-    monitor = EdgeOfStabilityMonitor(5, probe_samples=1, full_batch=True, actions=("cap-lr",), dry_run=False)
+    monitor = EdgeOfStabilityMonitor(5, probe=Probe(samples=1, full_batch=True))
+    acting = StabilityActions("cap-lr", dry_run=False)
     settings = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(
         max_steps=40,
         logger=False,
         accelerator="cpu",
-        callbacks=[Release(), monitor],
+        callbacks=[Release(), monitor, acting],
         default_root_dir=tmp_path,
         **settings,
     )
@@ -127,14 +127,14 @@ def test_release_gives_the_rates_back(tmp_path: Path) -> None:
 
 def test_resume_in_the_middle_of_a_cooldown(tmp_path: Path) -> None:
     """30 steps of cooldown from step 20 on; the run is ended at 35 and goes on from its checkpoint."""
-    settings = {"actions": ("cap-lr",), "dry_run": False, "edge_target": 0.8, "action_cooldown": 30}
+    settings = {"what": ("cap-lr",), "dry_run": False, "edge_target": 0.8, "cooldown": 30}
     whole = Quadratic(factor=20.0)
     fit(tmp_path / "whole", whole, 90, **settings)
     first, second = Quadratic(factor=20.0), Quadratic(factor=20.0)
-    _, trainer = fit(tmp_path / "first", first, 35, **settings)
+    _, _, trainer = fit(tmp_path / "first", first, 35, **settings)
     trainer.save_checkpoint(tmp_path / "at35.ckpt")
-    monitor, _ = fit(tmp_path / "second", second, 90, ckpt_path=tmp_path / "at35.ckpt", **settings)
-    assert len(monitor.actions) == 1  # that of the first part
+    monitor, acting, _ = fit(tmp_path / "second", second, 90, ckpt_path=tmp_path / "at35.ckpt", **settings)
+    assert len(acting.done) == 1  # that of the first part
     # Each reading is good to a hundredth, and the first after a resume is a cold one.
     assert first.used + second.used == pytest.approx(whole.used, rel=0.02)
     assert whole.used[49] == pytest.approx(0.4, rel=0.02)
@@ -206,17 +206,17 @@ def test_governor_goes_on_from_its_state() -> None:
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"actions": "stop"}, "actions"),
-        ({"actions": ("lower",)}, "actions"),
+        ({"what": ()}, "actions"),
+        ({"what": ("lower",)}, "actions"),
         ({"edge_target": 0.0}, "edge ratio"),
         ({"lr_floor": 0.0}, "smallest factor"),
-        ({"action_cooldown": 0}, "cooldown"),
+        ({"cooldown": 0}, "cooldown"),
         ({"snapshot_every": 0}, "snapshots"),
     ],
 )
 def test_arguments_out_of_range_are_named(settings: dict[str, Any], what: str) -> None:
     with pytest.raises(ValueError, match=what):
-        EdgeOfStabilityMonitor(**settings)
+        StabilityActions(**{"what": "stop", **settings})
 
 
 # ---------------------------------------------------------------- factors and snapshots
@@ -330,10 +330,10 @@ def test_dry_run_is_bit_identical_and_says_what_it_would_do(namespace: str, tmp_
         namespace,
         case,
         tmp_path / "with",
-        lambda pl: EdgeOfStabilityMonitor(every_n_steps=2, probe_samples=16, alerts=(), actions=ALL),
+        lambda pl: [EdgeOfStabilityMonitor(2, probe=Probe(samples=16), alerts=()), StabilityActions(ALL)],
     )
     assert differences(without["compared"], dry["compared"]) == []
-    done = dry["callback"].actions
+    done = dry["callback"][1].done
     assert {row["action"] for row in done} >= {"cap-lr", "checkpoint"}
     assert all(row["dry_run"] and "would have" in row["message"] for row in done)
     assert not list((tmp_path / "with").rglob("*.ckpt"))
@@ -398,11 +398,14 @@ def test_sinks_that_fail_leave_the_run_identical(fault: str, tmp_path: Path, ser
             NAMESPACES[1],
             case,
             tmp_path / "with",
-            lambda pl: EdgeOfStabilityMonitor(2, probe_samples=16, alerts=(sink,), actions=ALL, alert_cooldown=0.0),
+            lambda pl: [
+                EdgeOfStabilityMonitor(2, probe=Probe(samples=16), alerts=(sink,), alert_cooldown=0.0),
+                StabilityActions(ALL),
+            ],
         )
     assert differences(without["compared"], dry["compared"]) == []
     assert time.monotonic() - began < 30  # less than the receiver hangs
-    assert dry["callback"].actions
+    assert dry["callback"][1].done
     failed = [message for message in told if "an output (sink) failed" in message]
     assert len(failed) == (1 if fault in ("raises", "full-disk") else 0)  # told once; the others are another thread's
     if fault == "status-500":
@@ -419,8 +422,8 @@ def test_sinks_that_fail_leave_the_run_identical(fault: str, tmp_path: Path, ser
 def test_restore_goes_back_and_on_at_a_lower_rate(tmp_path: Path) -> None:
     """An unstable rate from the start: found by its losses, after a time; without readings in between."""
     module = Quadratic(factor=1.0, lr=0.6)  # r = 1.2: grows by 1.4 a step
-    monitor, _ = fit(tmp_path, module, 120, actions=("restore", "checkpoint"), dry_run=False)
-    restored = [row for row in monitor.actions if row["action"] == "restore"]
+    monitor, acting, _ = fit(tmp_path, module, 120, what=("restore", "checkpoint"), dry_run=False)
+    restored = [row for row in acting.done if row["action"] == "restore"]
     assert len(restored) == 1
     assert restored[0]["to_step"] == 0
     # The edge is at 0.5: half of 0.6 is enough.
@@ -437,22 +440,22 @@ def test_restore_goes_back_and_on_at_a_lower_rate(tmp_path: Path) -> None:
 
 
 def test_stop_ends_a_run_that_diverges(tmp_path: Path) -> None:
-    monitor, trainer = fit(tmp_path, Quadratic(factor=1.0, lr=0.6), 500, actions=("stop",), dry_run=False)
+    monitor, acting, trainer = fit(tmp_path, Quadratic(factor=1.0, lr=0.6), 500, what=("stop",), dry_run=False)
     assert monitor.verdict is Verdict.DIVERGING
-    assert monitor.actions[-1]["action"] == "stop"
-    assert trainer.global_step == monitor.actions[-1]["step"] + 1
+    assert acting.done[-1]["action"] == "stop"
+    assert trainer.global_step == acting.done[-1]["step"] + 1
 
 
 def test_restore_stops_at_its_floor(tmp_path: Path) -> None:
-    settings = {"actions": ("restore", "stop"), "dry_run": False, "lr_floor": 0.9}
-    monitor, trainer = fit(tmp_path, Quadratic(factor=1.0, lr=0.6), 500, **settings)
-    assert [row["action"] for row in monitor.actions] == ["restore", "restore", "stop"]
-    assert "at their floor" in monitor.actions[1]["message"]
+    settings = {"what": ("restore", "stop"), "dry_run": False, "lr_floor": 0.9}
+    monitor, acting, trainer = fit(tmp_path, Quadratic(factor=1.0, lr=0.6), 500, **settings)
+    assert [row["action"] for row in acting.done] == ["restore", "restore", "stop"]
+    assert "at their floor" in acting.done[1]["message"]
     assert trainer.global_step < 500
 
 
 def test_rows_hold_plain_values_only(tmp_path: Path) -> None:
-    monitor, _ = fit(tmp_path, Quadratic(factor=20.0), actions=ALL)
-    for row in monitor.actions:
+    monitor, acting, _ = fit(tmp_path, Quadratic(factor=20.0), what=ALL)
+    for row in acting.done:
         append_jsonl(tmp_path / "again.jsonl", row)
-    assert [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()] == monitor.actions
+    assert [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()] == acting.done

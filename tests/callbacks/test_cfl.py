@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from eos_monitor import CFLMonitor, EdgeOfStabilityMonitor, Verdict, estimate_cfl
+from eos_monitor import CFLMonitor, EdgeOfStabilityMonitor, Probe, Solver, Verdict, estimate_cfl
+from eos_monitor.callbacks.observer import Observers
 from eos_monitor.cfl.tiers import CFLGauge
 from eos_monitor.monitor.engine import Engine
 from eos_monitor.verdicts.change import Change
@@ -168,7 +169,7 @@ RUNS = {
 def test_run_is_bit_identical(namespace: str, attached: str, name: str, tmp_path: Path) -> None:
     case = RUNS[name]
     without = run(namespace, case, tmp_path / "without", lambda pl: None)
-    settings = {"every_n_steps": 3, "probe_samples": 16}
+    settings = {"every_n_steps": 3, "probe": Probe(samples=16)}
     monitored = run(namespace, case, tmp_path / "with", lambda pl: ATTACHED[attached](settings))
     assert differences(without["compared"], monitored["compared"]) == []
     (monitor,) = (c for c in monitored["callback"] if isinstance(c, CFLMonitor))
@@ -188,7 +189,7 @@ def test_exact_list_of_steps_and_keys(namespace: str, tmp_path: Path) -> None:
         namespace,
         Case(trainer={"max_epochs": 1}),  # 8 steps
         tmp_path / "run",
-        lambda pl: [CFLMonitor(every_n_steps=3, probe_samples=8)],
+        lambda pl: [CFLMonitor(every_n_steps=3, probe=Probe(samples=8))],
     )
     keys = {f"cfl/net.{layer}/{key}" for layer in (0, 3) for key in ("number", "lr_max", "crossings")}
     keys |= {f"cfl/net.0/{key}" for key in ("activated", "transitioning", "not_activated")}
@@ -245,7 +246,7 @@ def test_numbers_are_those_of_the_dense_blocks(tmp_path: Path) -> None:
             points.append({name: p.detach().clone() for name, p in pl_module.net.named_parameters()})
 
     x, y = samples(torch.float64)
-    host = EdgeOfStabilityMonitor(every_n_steps=1, rtol=1e-6, max_matvecs=200)
+    host = EdgeOfStabilityMonitor(every_n_steps=1, solver=Solver(rtol=1e-6, max_matvecs=200))
     monitor = CFLMonitor(exact=True)
     module = Deep(layered(3), lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.5, weight_decay=0.1))
     fit(module, [host, monitor, Look()], tmp_path, [(x, y)], precision="64-true")
@@ -381,16 +382,16 @@ class Spy:
 
 def test_probe_and_budget_are_the_hosts(tmp_path: Path, monkeypatch: Any) -> None:
     spy = Spy(monkeypatch, seconds=0.05)
-    host, monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe_samples=2), CFLMonitor()
+    host, monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe=Probe(samples=2)), CFLMonitor()
     fit(Line(0.01), [monitor, host], tmp_path, [PROBE, 2 * PROBE], max_epochs=2)
     assert [len(call["batches"]) for call in spy.calls] == [1] * 5
     assert all(torch.equal(call["batches"][0], PROBE) for call in spy.calls)
-    schedule = host._fit.engine.schedule
+    schedule = host._engine.schedule
     assert schedule.predicted_cost >= 0.05  # the sleep is at least that long; the reading alone takes some 2 ms
     assert schedule.spent >= 5 * 0.05
     assert [reading.seconds < 0.05 for reading in host.readings] == [True] * 5
     assert monitor._own_host.readings == []
-    assert not monitor._own_host._fit.engine.samples.full
+    assert not monitor._own_host._engine.samples.full
 
 
 def test_a_dear_companion_makes_readings_rarer(tmp_path: Path, monkeypatch: Any) -> None:
@@ -410,7 +411,7 @@ def test_a_dear_companion_makes_readings_rarer(tmp_path: Path, monkeypatch: Any)
     steps = [reading.step for reading in host.readings]
     assert 2 <= len(steps) <= 4
     # Steps may take longer than they sleep on a busy machine, so the bound is on the time itself.
-    assert (host._fit.engine.schedule.overhead or 1.0) <= 0.25 + 0.1 / host._fit.engine.schedule.training_seconds
+    assert (host._engine.schedule.overhead or 1.0) <= 0.25 + 0.1 / host._engine.schedule.training_seconds
 
 
 def test_exact_tier_at_every_fifth_reading_and_on_a_change_of_verdict(tmp_path: Path, monkeypatch: Any) -> None:
@@ -640,8 +641,8 @@ def test_synchronized_batch_norm_is_refused() -> None:
     trainer = SimpleNamespace(lightning_module=module, world_size=2, is_global_zero=True, optimizers=[])
     monitor = CFLMonitor()
     with pytest.warns(UserWarning, match="Synchronized batch normalization needs every process"):
-        monitor.begin(trainer, SimpleNamespace())
-    monitor.take_part(SimpleNamespace(trainer=trainer))
+        monitor.turn_off_if_synchronized(trainer)
+    Observers([monitor]).measure(SimpleNamespace(trainer=trainer))  # type: ignore[arg-type]
     assert monitor.estimates == []
 
 
@@ -694,7 +695,7 @@ def test_table_of_a_restrained_run_has_exact_numbers(tmp_path: Path, said: list[
     """The reading that makes the verdict is one of the cheap ones; the next, after a change, is not."""
     states = {3: Verdict.RESTRAINED, 4: Verdict.RESTRAINED}
     # Which runs are restrained is the detector's matter, not this monitor's.
-    real = Engine._update
+    real = Engine.add_step
 
     def update(engine: Engine, step: int, **inputs: Any) -> Verdict:
         before = engine.detector.verdict
@@ -704,7 +705,7 @@ def test_table_of_a_restrained_run_has_exact_numbers(tmp_path: Path, said: list[
             engine.changed(Change(step, engine.detector.verdict, before, None, "as told"))
         return engine.detector.verdict
 
-    monkeypatch.setattr(Engine, "_update", update)
+    monkeypatch.setattr(Engine, "add_step", update)
     fit(Deep(layered(6)), [CFLMonitor(every_n_steps=1)], tmp_path, max_epochs=5)
     (table,) = [line for line in said if "Layers by their own limits" in line]
     assert "RESTRAINED since step 3. " in table

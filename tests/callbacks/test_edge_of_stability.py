@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from eos_monitor import Alert, EdgeOfStabilityMonitor, Verdict
+from eos_monitor import Alert, EdgeOfStabilityMonitor, Probe, Solver, Verdict
 from eos_monitor.callbacks import monitored_fit
 
 pl = importlib.import_module("pytorch_lightning")
@@ -167,7 +167,7 @@ def test_accumulation_measures_once_a_window_and_reads_the_true_loss(tmp_path: P
             losses.append(float(loss.detach()))
             return loss
 
-    monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe_samples=1)
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe=Probe(samples=1))
     batches = [PROBE, 2 * PROBE, PROBE, 3 * PROBE]
     fit(Recorded(lr=0.01), monitor, tmp_path, batches, accumulate_grad_batches=2, max_epochs=2)
     assert [reading.step for reading in monitor.readings] == [0, 1, 2, 3, 4]
@@ -371,7 +371,7 @@ def test_one_line_at_the_start_tells_the_setup(tmp_path: Path) -> None:
 
 
 def test_a_run_too_short_for_the_budget_still_gets_a_reading(tmp_path: Path) -> None:
-    monitor = EdgeOfStabilityMonitor(probe_samples=1000)
+    monitor = EdgeOfStabilityMonitor(probe=Probe(samples=1000))
     fit(Net(), monitor, tmp_path, [PROBE] * 3, max_epochs=1)
     assert len(monitor.readings) == 1
     assert monitor.readings[0].samples == 6
@@ -394,7 +394,7 @@ def test_unknown_optimizer_is_not_guessed(tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.Rprop(self.parameters(), lr=1e-3)
 
-    monitor = EdgeOfStabilityMonitor(every_n_steps=1, raw_sharpness=True)
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1, solver=Solver(raw_sharpness=True))
     fit(Lbfgs(), monitor, tmp_path)
     assert {reading.edge_ratio for reading in monitor.readings} == {None}
     assert monitor.readings[0].sharpness == pytest.approx(9.0, rel=1e-5)
@@ -443,7 +443,7 @@ def test_state_is_plain_and_survives_a_checkpoint(tmp_path: Path) -> None:
 def test_monitor_can_be_pickled_for_spawned_processes() -> None:
     monitor = EdgeOfStabilityMonitor(every_n_steps=3, loss_fn=square)
     again = pickle.loads(pickle.dumps(monitor))
-    assert again._fit.engine.schedule.every_n_steps == 3
+    assert again._engine.schedule.every_n_steps == 3
 
 
 @pytest.mark.parametrize(
@@ -452,9 +452,9 @@ def test_monitor_can_be_pickled_for_spawned_processes() -> None:
         ({"every_n_steps": 0}, "every_n_steps.*got 0"),
         ({"max_overhead": 0.0}, "max_overhead.*got 0.0"),
         ({"probe": "all"}, "probe.*got 'all'"),
-        ({"probe_samples": 0}, "probe_samples.*got 0"),
-        ({"k": 0}, "`k`.*got 0"),
-        ({"rtol": 1.5}, "rtol.*got 1.5"),
+        ({"probe": lambda: Probe(samples=0)}, "samples.*got 0"),
+        ({"solver": lambda: Solver(k=0)}, "`k`.*got 0"),
+        ({"solver": lambda: Solver(rtol=1.5)}, "rtol.*got 1.5"),
         ({"alerts": "log"}, "alerts.*got 'log'"),
         ({"alerts": ("slack",)}, "alerts.*got"),
         ({"name": "a/b"}, "name.*got 'a/b'"),
@@ -463,7 +463,7 @@ def test_monitor_can_be_pickled_for_spawned_processes() -> None:
 )
 def test_bad_arguments_are_told_at_once(kwargs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        EdgeOfStabilityMonitor(**kwargs)
+        EdgeOfStabilityMonitor(**{name: value() if callable(value) else value for name, value in kwargs.items()})
 
 
 def test_given_batches_and_current_batch_as_probe(tmp_path: Path) -> None:
@@ -552,7 +552,7 @@ def test_out_of_memory_halves_the_batches_once(most: int, readings: int, tmp_pat
 
 
 def test_finite_differences_as_the_method(tmp_path: Path) -> None:
-    monitor = EdgeOfStabilityMonitor(every_n_steps=2, method="fd")
+    monitor = EdgeOfStabilityMonitor(every_n_steps=2, solver=Solver(method="fd"))
     fit(Net(lr=0.1), monitor, tmp_path)
     assert {reading.method for reading in monitor.readings} == {"fd"}
     # float32 gradients over a step of 1e-3 or 1e-2: some 1e-4

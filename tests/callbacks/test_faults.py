@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eos_monitor import EdgeOfStabilityMonitor, Verdict
+from eos_monitor import EdgeOfStabilityMonitor, Probe, Verdict
 from tests.callbacks.runs import CLASSES, FEATURES, NAMESPACES, differences, everything, make_logger, mlp
 
 STEPS = 8
@@ -365,7 +365,7 @@ BOTH = [NAMESPACES[0], pytest.param(NAMESPACES[1], marks=pytest.mark.slow)]
 def test_fault_is_told_and_harms_nothing(namespace: str, name: str, tmp_path: Path) -> None:
     fault = FAULTS[name]
     without, _ = run(namespace, fault, tmp_path, None)
-    monitor = EdgeOfStabilityMonitor(**{"every_n_steps": 1, "probe_samples": 8, "alerts": (), **fault.monitor})
+    monitor = EdgeOfStabilityMonitor(**{"every_n_steps": 1, "probe": Probe(samples=8), "alerts": (), **fault.monitor})
     compared, told = run(namespace, fault, tmp_path, monitor)
     assert differences(without, compared) == []
     fault.expect(monitor, told)
@@ -407,15 +407,15 @@ def plain_module(**kwargs: Any) -> Any:
 
 def test_iterable_dataset_is_not_consumed(package: Any, tmp_path: Path) -> None:
     data = Counted()
-    monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe_samples=24, alerts=())
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe=Probe(samples=24), alerts=())
     trainer = fit(plain_module(), tmp_path, [monitor], torch.utils.data.DataLoader(data, batch_size=None))
     assert data.drawn == trainer.global_step == STEPS
     assert len(monitor.readings) == STEPS + 1 - 2  # the third batch fills the probe
 
 
 def test_two_monitors_at_once(package: Any, tmp_path: Path) -> None:
-    first = EdgeOfStabilityMonitor(every_n_steps=1, probe_samples=8, alerts=())
-    second = EdgeOfStabilityMonitor(every_n_steps=2, probe_samples=8, alerts=(), name="other")
+    first = EdgeOfStabilityMonitor(every_n_steps=1, probe=Probe(samples=8), alerts=())
+    second = EdgeOfStabilityMonitor(every_n_steps=2, probe=Probe(samples=8), alerts=(), name="other")
     trainer = fit(plain_module(), tmp_path, [first, second], logger=pl.loggers.CSVLogger(tmp_path))
     assert (len(first.readings), len(second.readings)) == (9, 5)
     assert first.state_key != second.state_key
@@ -427,7 +427,7 @@ def test_two_monitors_at_once(package: Any, tmp_path: Path) -> None:
 def test_attached_to_a_run_in_its_middle(package: Any, tmp_path: Path) -> None:
     module = plain_module()
     trainer = fit(module, tmp_path, [])
-    monitor = EdgeOfStabilityMonitor(every_n_steps=4, probe_samples=8, alerts=())
+    monitor = EdgeOfStabilityMonitor(every_n_steps=4, probe=Probe(samples=8), alerts=())
     trainer.callbacks.append(monitor)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, torch.utils.data.DataLoader(default_batches(), batch_size=None))
@@ -456,7 +456,7 @@ def test_sanity_checking_measures_nothing(package: Any, tmp_path: Path) -> None:
             seen.append(len(monitor.readings))
 
     seen: list[int] = []
-    monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe_samples=8, alerts=())
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe=Probe(samples=8), alerts=())
     loader = torch.utils.data.DataLoader(default_batches(), batch_size=None)
     trainer = pl.Trainer(
         max_epochs=1,
@@ -491,7 +491,7 @@ def test_keyboard_interrupt_in_a_reading_is_the_users(package: Any, tmp_path: Pa
     module = plain_module()
     before = {name: p.clone() for name, p in module.named_parameters()}
     attributes = dict(module.__dict__)
-    monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe_samples=8, alerts=(), loss_fn=interrupted)
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe=Probe(samples=8), alerts=(), loss_fn=interrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(module, tmp_path, [monitor])
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
@@ -506,7 +506,7 @@ def test_a_slow_reading_is_repaid_before_the_next(package: Any, tmp_path: Path) 
         time.sleep(0.005)
         return default_step(module, batch, 0)
 
-    monitor = EdgeOfStabilityMonitor(max_overhead=0.05, probe_samples=8, alerts=(), loss_fn=slow)
+    monitor = EdgeOfStabilityMonitor(max_overhead=0.05, probe=Probe(samples=8), alerts=(), loss_fn=slow)
     fit(plain_module(), tmp_path, [monitor], max_epochs=4)
     # A reading takes some 0.03 s and so buys 0.6 s of training; 32 steps take less.
     assert len(monitor.readings) == 1
@@ -525,7 +525,7 @@ def test_a_log_folder_that_cannot_be_written_costs_only_the_file(
         monkeypatch.setattr("eos_monitor.callbacks.outputs.append_jsonl", full)
     else:
         folder.write_text("in the way")
-    monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe_samples=8, alerts=())
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe=Probe(samples=8), alerts=())
     with pytest.warns(UserWarning, match=r"output \((file|figure)\) failed") as caught:
         trainer = fit(plain_module(), folder, [monitor])
     assert len([w for w in caught if "(file)" in str(w.message)]) == 1
@@ -547,7 +547,7 @@ def test_lazily_created_parameters(package: Any, tmp_path: Path) -> None:
     module = plain_module(net=lambda: nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, CLASSES)))
     module.configure_optimizers = lambda: torch.optim.SGD(module.net[2].parameters(), lr=0.1)
     module.net(samples()[0])
-    monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe_samples=8, alerts=())
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe=Probe(samples=8), alerts=())
     fit(module, tmp_path, [monitor])
     assert len(monitor.readings) == STEPS + 1
 
@@ -568,7 +568,7 @@ def test_tuners_run_their_fits_unwatched(package: Any, tuner: str, tmp_path: Pat
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=self.lr)
 
-    monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe_samples=8, alerts=())
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1, probe=Probe(samples=8), alerts=())
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from eos_monitor import EdgeOfStabilityMonitor
+from eos_monitor import EdgeOfStabilityMonitor, Probe, Solver
 from tests.callbacks.runs import CLASSES, FEATURES, NAMESPACES, Case, differences, mlp, run, sgd
 
 # ---------------------------------------------------------------- nets
@@ -294,9 +294,11 @@ CASES: dict[str, Case] = {
     "amsgrad": Case(optimizer=lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True), trainer=_WARM),
     "lbfgs": Case(optimizer=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3), readings=0),
     "nadam": Case(optimizer=lambda p: torch.optim.NAdam(p, lr=0.01), trainer=_WARM),
-    "rmsprop": Case(optimizer=lambda p: torch.optim.RMSprop(p, lr=0.01), monitor={"raw_sharpness": True}),
+    "rmsprop": Case(
+        optimizer=lambda p: torch.optim.RMSprop(p, lr=0.01), monitor={"solver": Solver(raw_sharpness=True)}
+    ),
     "without a threshold": Case(
-        optimizer=lambda p: torch.optim.Rprop(p, lr=0.01), monitor={"raw_sharpness": True}, readings=0
+        optimizer=lambda p: torch.optim.Rprop(p, lr=0.01), monitor={"solver": Solver(raw_sharpness=True)}, readings=0
     ),
     "manual-one-optimizer": Case(body=one_manual_optimizer, monitor={"loss_fn": cross_entropy}),
     "manual-two-optimizers": Case(
@@ -347,14 +349,14 @@ CASES: dict[str, Case] = {
     ),
     "stop-from-the-step": Case(during=stop_early, trainer={"max_epochs": 4}),
     "double-precision": Case(net=lambda: mlp(dropout=0.3), trainer={"precision": "64-true"}),
-    "finite-differences": Case(net=lambda: mlp(dropout=0.3), monitor={"method": "fd"}),
-    "all-modes-near-the-edge": Case(monitor={"k": "edge"}),
+    "finite-differences": Case(net=lambda: mlp(dropout=0.3), monitor={"solver": Solver(method="fd")}),
+    "all-modes-near-the-edge": Case(monitor={"solver": Solver(k="edge")}),
     "verified-at-every-reading": Case(net=lambda: mlp(norm=True), monitor={"verify": "always"}),
-    "batch-probe-top3": Case(monitor={"probe": "batch", "k": 3}),
+    "batch-probe-top3": Case(monitor={"probe": "batch", "solver": Solver(k=3)}),
     "relu-raw-sharpness": Case(
         net=lambda: mlp(activation=nn.ReLU),
         optimizer=lambda p: torch.optim.AdamW(p, lr=0.01),
-        monitor={"raw_sharpness": True},
+        monitor={"solver": Solver(raw_sharpness=True)},
         trainer=_WARM,
     ),
     "fails-at-the-graph": Case(monitor={"loss_fn": FailAt(1)}, warns=True),
@@ -383,7 +385,7 @@ PARAMETERS = [
 
 
 def fresh(case: Case) -> dict[str, Any]:
-    settings = {"every_n_steps": 2, "probe_samples": 16, "alerts": (), **case.monitor}
+    settings = {"every_n_steps": 2, "probe": Probe(samples=16), "alerts": (), **case.monitor}
     if isinstance(settings.get("loss_fn"), FailAt):
         settings["loss_fn"] = FailAt(settings["loss_fn"].n)
     return settings

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eos_monitor import EdgeOfStabilityMonitor, Verdict
+from eos_monitor import EdgeOfStabilityMonitor, Probe, Verdict
+from eos_monitor.callbacks.observer import Observers
 from eos_monitor.callbacks.perturbation_monitor import PerturbationMonitor
 from eos_monitor.callbacks.reading_context import ReadingContext
 from eos_monitor.perturbation import relative_l1
 from tests.callbacks.runs import CLASSES, FEATURES, NAMESPACES, Case, differences, mlp, run
 
-_SETTINGS: dict[str, Any] = {"every_n_steps": 2, "probe_samples": 16}
+_SETTINGS: dict[str, Any] = {"every_n_steps": 2, "probe": Probe(samples=16)}
 CASES = {
     "alone": Case(),
     "batchnorm-dropout-onecycle": Case(
@@ -121,7 +122,7 @@ def test_copies_take_the_steps_that_the_run_takes(scheduled: bool, tmp_path: Pat
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             losses.append(float(outputs["loss"]))
 
-    monitor = PerturbationMonitor(at_steps=[4], steps=10, every_n_steps=4, probe_samples=32, name="twins")
+    monitor = PerturbationMonitor(at_steps=[4], steps=10, every_n_steps=4, probe=Probe(samples=32), name="twins")
     trainer, _ = fit(tmp_path, Losses(), monitor, scheduled=scheduled)
     [(step, twins)] = monitor.runs.items()
     assert step == 4
@@ -143,7 +144,9 @@ def test_gain_is_that_of_two_runs_by_hand(tmp_path: Path) -> None:
                 start["p"] = [p.detach().clone() for p in pl_module.parameters()]
                 start["m"] = [trainer.optimizers[0].state[p]["momentum_buffer"].clone() for p in pl_module.parameters()]
 
-    monitor = PerturbationMonitor(at_steps=[4], steps=6, every_n_steps=4, probe_samples=32, perturbation="random")
+    monitor = PerturbationMonitor(
+        at_steps=[4], steps=6, every_n_steps=4, probe=Probe(samples=32), perturbation="random"
+    )
     fit(tmp_path, Start(), monitor)
     g = torch.Generator().manual_seed(1)
     x, y = torch.randn(32, FEATURES, generator=g, dtype=torch.float64), torch.randint(CLASSES, (32,), generator=g)
@@ -222,5 +225,5 @@ def test_synchronized_norm_is_left_out_with_several_processes() -> None:
         world_size, lightning_module = 2, nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2))
 
     with pytest.warns(UserWarning, match="Synchronized batch normalization"):
-        monitor.begin(Trainer(), None)  # type: ignore[arg-type]
-    monitor.take_part(None)  # type: ignore[arg-type]
+        monitor.turn_off_if_synchronized(Trainer())
+    Observers([monitor]).measure(None)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from eos_monitor import EdgeOfStabilityMonitor
+from eos_monitor import EdgeOfStabilityMonitor, Probe
 from eos_monitor.callbacks._compat import MisconfigurationException
 from eos_monitor.callbacks.fresh_batches import RelaxationGuard, fresh_batch
 from eos_monitor.optim import BurgersSGD, ElasticSGD, EntropySGD, HamiltonJacobi, HeatSmoothing
@@ -137,7 +137,7 @@ def test_run_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_monitor_changes_nothing_and_reads_the_whole_batch(name: str, tmp_path: Path) -> None:
     without = fit(OPTIMIZERS[name], tmp_path)
-    monitor = EdgeOfStabilityMonitor(every_n_steps=1, alerts=(), probe_samples=12)
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1, alerts=(), probe=Probe(samples=12))
     with_it = fit(OPTIMIZERS[name], tmp_path, callbacks=[monitor])
     assert same(weights(with_it.net), weights(without.net))
     assert same(with_it.seen, without.seen)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from eos_monitor import EdgeOfStabilityMonitor
+from eos_monitor import EdgeOfStabilityMonitor, Probe, Solver
 
 SAMPLES, BATCH = 32, 4
 
@@ -47,7 +47,7 @@ def fit(
     trainer: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[Any, EdgeOfStabilityMonitor, list[dict[str, Any]]]:
-    monitor = EdgeOfStabilityMonitor(**{"every_n_steps": 1, "probe_samples": SAMPLES, "alerts": (), **settings})
+    monitor = EdgeOfStabilityMonitor(**{"every_n_steps": 1, "probe": Probe(samples=SAMPLES), "alerts": (), **settings})
     runner = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -124,7 +124,7 @@ def scheduled(module: Any, make: Any, **entry: Any) -> Any:
 def test_next_edge_ratio_is_what_the_next_step_reads(tmp_path: Path, make: Any, entry: dict[str, Any]) -> None:
     """The Hessian is constant, so that only the settings change; OneCycle moves the momentum too."""
     # A micro-batch number that `frequency` counts is not a step: lightning counts batches there.
-    _, monitor, _ = fit(tmp_path, lambda m: scheduled(m, make, **entry), epochs=3, rtol=1e-7)
+    _, monitor, _ = fit(tmp_path, lambda m: scheduled(m, make, **entry), epochs=3, solver=Solver(rtol=1e-7))
     readings = [reading for reading in monitor.readings if reading.edge_ratio_next is not None]
     assert len(readings) == 8  # the first epoch fills the probe
     pairs = [(before.edge_ratio_next, after.edge_ratio) for before, after in zip(readings, readings[1:], strict=False)]

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics import MeanMetric
 
-import eos_monitor.callbacks.monitored_fit as callback
-from eos_monitor import EdgeOfStabilityMonitor
-from eos_monitor.callbacks.verification import Verification
-from eos_monitor.curvature import fingerprint as fingerprints
+import eos_monitor.callbacks.trainer_gauge as callback
+from eos_monitor import EdgeOfStabilityMonitor, Probe, Solver
+from eos_monitor.isolation import fingerprint as fingerprints
 from eos_monitor.isolation.digests import WordSum
 from eos_monitor.isolation.fingerprint import Fingerprint, fingerprint
-from eos_monitor.monitor.engine import Engine, Ranks
-from eos_monitor.readings.gauge import Gauge
+from eos_monitor.monitor.engine import Engine
+from eos_monitor.monitor.ranks import Ranks
+from eos_monitor.monitor.verification import Verification
 from tests.callbacks.runs import CLASSES, FEATURES, NAMESPACES, mlp
 from tests.callbacks.runs import run as run_case
 from tests.callbacks.test_identity import CASES, fresh
@@ -225,7 +225,7 @@ def fit(module: Any, monitor: Any, folder: Path) -> list[str]:
 
 def monitor_with(**settings: Any) -> Any:
     # The second batch fills the probe: the first reading precedes step 1, when the optimizer has its state.
-    return EdgeOfStabilityMonitor(**{"every_n_steps": 1, "probe_samples": 16, "alerts": (), **settings})
+    return EdgeOfStabilityMonitor(**{"every_n_steps": 1, "probe": Probe(samples=16), "alerts": (), **settings})
 
 
 # ---------------------------------------------------------------- leaks are found and named
@@ -323,8 +323,8 @@ def test_how_often_it_looks(verify: Any, looks: int, tmp_path: Path, monkeypatch
         calls.append(1)
         return original(*args, **kwargs)
 
-    original = callback.run_fingerprint
-    monkeypatch.setattr(callback, "run_fingerprint", counted)
+    original = callback.fingerprint
+    monkeypatch.setattr(callback, "fingerprint", counted)
     monitor = monitor_with(verify=verify)
     assert fit(make_module(lambda m: None, lambda m: None), monitor, tmp_path) == []
     assert len(monitor.readings) == STEPS  # before the steps 1 to 7, and at the end
@@ -341,7 +341,7 @@ def test_a_failing_look_is_told_and_harms_nothing(tmp_path: Path, monkeypatch: p
     def fails(*args: Any, **kwargs: Any) -> Fingerprint:
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(callback, "run_fingerprint", fails)
+    monkeypatch.setattr(callback, "fingerprint", fails)
     monitor = monitor_with(verify="always")
     told = fit(make_module(lambda m: None, lambda m: None), monitor, tmp_path)
     assert len(told) == 1
@@ -351,7 +351,7 @@ def test_a_failing_look_is_told_and_harms_nothing(tmp_path: Path, monkeypatch: p
 
 def test_all_processes_stop_together() -> None:
     """One process finds nothing and hears of what another found."""
-    engine = Engine(Gauge())
+    engine = Engine(Probe(), Solver())
     engine.ranks = Ranks(2, lambda flat: flat + 1.0)
     nothing = Fingerprint({}, (), [])
     with pytest.warns(UserWarning, match="another process"):

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from eos_monitor import StabilityProbe, StabilityReading, Verdict, measure_stability
-from eos_monitor.monitor.engine import Engine, Ranks, append_jsonl
-from eos_monitor.readings.gauge import Gauge
+from eos_monitor import Probe, Solver, StabilityProbe, StabilityReading, Verdict, measure_stability
+from eos_monitor.monitor.engine import Engine
+from eos_monitor.monitor.ranks import Ranks
+from eos_monitor.monitor.rows import append_jsonl
 
 
 class Net(nn.Module):
@@ -87,7 +88,7 @@ def test_training_is_bit_identical(name: str, kind: str, cadence: int | None) ->
         probe = None
         if watched:
             probe = StabilityProbe(
-                net, optimizers, loss_fn, every_n_steps=cadence, probe=kind, probe_samples=16, max_overhead=1.0
+                net, optimizers, loss_fn, every_n_steps=cadence, probe=Probe(kind, samples=16), max_overhead=1.0
             )
         train(net, optimizers, 40, probe, fed=True)
         assert probe is None or len(probe.readings) >= (1 if cadence is None else 2)
@@ -114,7 +115,7 @@ def test_a_naive_reading_would_not_be() -> None:
 def test_readings_are_those_of_measure_stability() -> None:
     net, batch = seeded(Net), stream(32)()
     sgd = SGD(net.parameters(), lr=0.1)
-    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, full_batch=True)
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, probe=Probe(full_batch=True))
     found = probe.step(batch)
     alone = measure_stability(net, loss_fn, [batch], sgd, full_batch=True)
     assert found is not None
@@ -138,7 +139,7 @@ def test_steps_are_counted_and_filed() -> None:
 def test_first_reading_comes_when_the_fixed_probe_is_full(wanted: int, first: int, samples: int) -> None:
     net = seeded(Net)
     sgd = SGD(net.parameters(), lr=0.1)
-    probe = StabilityProbe(net, sgd, loss_fn, probe_samples=wanted)
+    probe = StabilityProbe(net, sgd, loss_fn, probe=Probe(samples=wanted))
     train(net, [sgd], 6, probe)
     assert (probe.readings[0].step, probe.readings[0].samples) == (first, samples)
 
@@ -158,7 +159,7 @@ def test_fixed_probe_is_a_copy_of_the_batch_before_the_step() -> None:
     """A loop that edits its batch in place does not edit the probe."""
     net = seeded(Net)
     sgd = SGD(net.parameters(), lr=0.1)
-    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, probe_samples=8)
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, probe=Probe(samples=8))
     batch = stream()()
     first = probe.step(batch)
     batch[0].fill_(0.0)
@@ -171,7 +172,7 @@ def test_fixed_probe_is_a_copy_of_the_batch_before_the_step() -> None:
 def test_full_batch_takes_the_first_batch_for_all_the_data() -> None:
     net, batch = seeded(Net), stream(12)()
     sgd = SGD(net.parameters(), lr=1e-3)
-    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, full_batch=True)
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, probe=Probe(full_batch=True))
     found = probe.step(batch)
     assert found is not None
     assert (found.full_batch, found.samples, probe.verdict) == (True, 12, Verdict.STABLE)
@@ -181,7 +182,7 @@ def test_part_of_the_data_is_not_called_full(monkeypatch: pytest.MonkeyPatch) ->
     """A batch over the memory limit is cut: then the probe is a sample, and STABLE would be a guess."""
     monkeypatch.setattr("eos_monitor.readings.samples._MAX_BYTES", 512)
     net = seeded(Net)
-    probe = StabilityProbe(net, SGD(net.parameters(), lr=1e-3), loss_fn, every_n_steps=1, full_batch=True)
+    probe = StabilityProbe(net, SGD(net.parameters(), lr=1e-3), loss_fn, every_n_steps=1, probe=Probe(full_batch=True))
     found = probe.step(stream(200)())
     assert found is not None
     assert found.samples < 200
@@ -191,14 +192,14 @@ def test_part_of_the_data_is_not_called_full(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_minibatches_are_never_called_stable() -> None:
     net = seeded(Net)
-    probe = StabilityProbe(net, SGD(net.parameters(), lr=1e-3), loss_fn, every_n_steps=1, probe_samples=8)
+    probe = StabilityProbe(net, SGD(net.parameters(), lr=1e-3), loss_fn, every_n_steps=1, probe=Probe(samples=8))
     assert probe.step(stream()()) is not None
     assert probe.verdict is Verdict.UNKNOWN
 
 
 def test_large_learning_rate_is_called_edge() -> None:
     net = seeded(Net)
-    probe = StabilityProbe(net, SGD(net.parameters(), lr=100.0), loss_fn, every_n_steps=1, probe_samples=8)
+    probe = StabilityProbe(net, SGD(net.parameters(), lr=100.0), loss_fn, every_n_steps=1, probe=Probe(samples=8))
     probe.step(stream()())
     assert probe.verdict is Verdict.EDGE
 
@@ -206,7 +207,7 @@ def test_large_learning_rate_is_called_edge() -> None:
 def test_adam_warms_up_first() -> None:
     net = seeded(Net)
     adam = Adam(net.parameters(), lr=1e-3)
-    probe = StabilityProbe(net, adam, loss_fn, every_n_steps=10, probe_samples=8)
+    probe = StabilityProbe(net, adam, loss_fn, every_n_steps=10, probe=Probe(samples=8))
     found = train(net, [adam], 31, probe)
     assert [r.ready for r in found if r is not None] == [False, False, False, False]
     assert probe.verdict is Verdict.WARMING_UP
@@ -219,7 +220,7 @@ def test_adam_warms_up_first() -> None:
 def test_automatic_cadence_looks_again_soon_while_adam_warms_up() -> None:
     net = seeded(Net)
     adam = Adam(net.parameters(), lr=1e-3)
-    probe = StabilityProbe(net, adam, loss_fn, probe_samples=8)
+    probe = StabilityProbe(net, adam, loss_fn, probe=Probe(samples=8))
     train(net, [adam], 41, probe)
     assert [r.step for r in probe.readings] == [0, 10, 20, 30, 40]
     assert [r.ready for r in probe.readings] == [False] * 4 + [True]
@@ -241,7 +242,7 @@ def test_loss_that_is_not_finite_is_diverging(loss: Any) -> None:
 def probe_with(loss: Callable[[Any, Any], Any], **arguments: Any) -> tuple[StabilityProbe, nn.Module, Optimizer]:
     net = seeded(Net)
     sgd = SGD(net.parameters(), lr=0.1)
-    return StabilityProbe(net, sgd, loss, **({"every_n_steps": 1, "probe_samples": 8} | arguments)), net, sgd
+    return StabilityProbe(net, sgd, loss, **({"every_n_steps": 1, "probe": Probe(samples=8)} | arguments)), net, sgd
 
 
 def test_failing_loss_warns_once_and_is_off_after_three() -> None:
@@ -299,7 +300,7 @@ def test_wrong_products_turn_it_off_with_the_reason() -> None:
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.Tanh(), nn.Linear(8, 3))
     )
     sgd = SGD(net.parameters(), lr=0.1)
-    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, probe_samples=8)
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, probe=Probe(samples=8))
     with pytest.warns(UserWarning, match="stops measuring.* differ from finite differences") as caught:
         train(net, [sgd], 5, probe)
     assert len(caught) == 1
@@ -312,7 +313,9 @@ def test_unconverged_reading_is_kept_marked_and_told_once() -> None:
     net = nn.Linear(400, 3, bias=False)
     x = torch.randn(500, 400, generator=torch.Generator().manual_seed(0))
     sgd = SGD(net.parameters(), lr=0.1)
-    probe = StabilityProbe(net, sgd, lambda m, b: m(b).square().mean(), every_n_steps=1, probe=[x], k=20, rtol=1e-6)
+    probe = StabilityProbe(
+        net, sgd, lambda m, b: m(b).square().mean(), every_n_steps=1, probe=[x], solver=Solver(k=20, rtol=1e-6)
+    )
     with pytest.warns(UserWarning, match=r"The reading at step 0 did not converge in 64 products") as caught:
         train(net, [sgd], 3, probe, draw=lambda: (x, torch.zeros(500, dtype=torch.long)))
     assert len(caught) == 1
@@ -339,7 +342,7 @@ def test_no_batches_given_is_a_failure_told() -> None:
 def test_rows_are_appended_as_json_lines(tmp_path: Path) -> None:
     net = seeded(Net)
     sgd = SGD(net.parameters(), lr=0.1)
-    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=2, probe_samples=8)
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=2, probe=Probe(samples=8))
     train(net, [sgd], 5, probe)
     path = tmp_path / "readings.jsonl"
     path.write_text('{"step": -1}\n', encoding="utf-8")
@@ -369,7 +372,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
 def test_run_ids_differ_and_use_no_generator_of_the_run() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first, second = Engine(Gauge()), Engine(Gauge())
+    first, second = Engine(Probe(), Solver()), Engine(Probe(), Solver())
     assert first.run_id != second.run_id
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -377,11 +380,11 @@ def test_run_ids_differ_and_use_no_generator_of_the_run() -> None:
 def test_state_goes_through_json_and_the_run_goes_on() -> None:
     net = seeded(Net)
     sgd = SGD(net.parameters(), lr=100.0)
-    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=2, probe_samples=8)
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=2, probe=Probe(samples=8))
     probe.step(stream()())
     assert probe.verdict is Verdict.EDGE
     state = json.loads(json.dumps(probe.state_dict()))
-    resumed = StabilityProbe(net, sgd, loss_fn, every_n_steps=2, probe_samples=8)
+    resumed = StabilityProbe(net, sgd, loss_fn, every_n_steps=2, probe=Probe(samples=8))
     resumed.load_state_dict(state)
     assert resumed.verdict is Verdict.EDGE
     assert resumed.step(stream()()) is None  # step 1
@@ -392,9 +395,9 @@ def test_state_goes_through_json_and_the_run_goes_on() -> None:
 
 
 def test_changes_of_verdict_are_kept() -> None:
-    engine = Engine(Gauge())
+    engine = Engine(Probe(), Solver())
     for step, loss in enumerate((1.0, math.nan, 1.0)):
-        engine.take_step(step, loss=loss)
+        engine.add_step(step, loss=loss)
     assert engine.verdicts == [(0, Verdict.WARMING_UP), (1, Verdict.DIVERGING)]
 
 
@@ -405,16 +408,19 @@ def test_changes_of_verdict_are_kept() -> None:
         (ValueError, "Expected 0 < `max_overhead` <= 1", {"max_overhead": 2.0}),
         (ValueError, "Expected `probe` to be one of", {"probe": "all"}),
         (TypeError, "Expected `probe` to be one of", {"probe": 3}),
-        (ValueError, "Expected `samples` >= 1", {"probe_samples": 0}),
-        (ValueError, "Expected 1 <= `k`", {"k": 0}),
-        (ValueError, "Expected 0 < `rtol` < 1", {"rtol": 0.0}),
+        (ValueError, "Expected `samples` >= 1", {"probe": lambda: Probe(samples=0)}),
+        (ValueError, "Expected 1 <= `k`", {"solver": lambda: Solver(k=0)}),
+        (ValueError, "Expected 0 < `rtol` < 1", {"solver": lambda: Solver(rtol=0.0)}),
     ],
     ids=["cadence", "overhead", "probe", "probe-type", "samples", "k", "rtol"],
 )
 def test_arguments_are_checked_at_once(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     net = Net()
+    sgd = SGD(net.parameters(), lr=0.1)
     with pytest.raises(error, match=message):
-        StabilityProbe(net, SGD(net.parameters(), lr=0.1), loss_fn, **arguments)
+        StabilityProbe(
+            net, sgd, loss_fn, **{name: value() if callable(value) else value for name, value in arguments.items()}
+        )
 
 
 @pytest.mark.parametrize(
@@ -424,7 +430,7 @@ def test_arguments_are_checked_at_once(error: type[Exception], message: str, arg
 )
 def test_processes_agree_on_being_ready(failures: float, full: float, ready: bool) -> None:
     """This process is full; what the sum over two says decides, and a failure elsewhere switches measuring off here."""
-    engine = Engine(Gauge(), probe_samples=1)
+    engine = Engine(Probe(samples=1), Solver())
     engine.collect(torch.ones(1, 2))
     engine.ranks = Ranks(2, lambda tensor: torch.tensor([failures, full]))
     with pytest.warns(UserWarning, match="another process") if failures else nullcontext():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from eos_monitor import EdgeOfStabilityMonitor, critical_curvature
+from eos_monitor import EdgeOfStabilityMonitor, Probe, critical_curvature
 from eos_monitor.optim import APDE, LinearDiffusion, diffusion_groups, from_physical, stable_diffusion, to_physical
 from eos_monitor.optim.diffusion import largest_eigenvalue, resolve_axes
 
@@ -565,7 +565,7 @@ def test_monitor_shows_its_threshold(tmp_path: Any) -> None:
             return [optimizer], [LinearDiffusion(optimizer, 2)]
 
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:192], y[:192]), batch_size=64)
-    monitor = EdgeOfStabilityMonitor(every_n_steps=3, probe_samples=64)
+    monitor = EdgeOfStabilityMonitor(every_n_steps=3, probe=Probe(samples=64))
     trainer = pl.Trainer(
         max_epochs=2,
         accelerator="cpu",
