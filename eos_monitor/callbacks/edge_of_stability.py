@@ -15,6 +15,7 @@ from eos_monitor.callbacks.monitored_fit import FitSettings, MonitoredFit
 from eos_monitor.monitor.engine import Engine
 from eos_monitor.readings.gauge import Gauge
 from eos_monitor.readings.reading import StabilityReading
+from eos_monitor.readings.settings import Solver
 from eos_monitor.verdicts.detector import Verdict
 
 if TYPE_CHECKING:
@@ -155,15 +156,7 @@ class EdgeOfStabilityMonitor(Callback):
             projections=projections,
             silent=self._silent,
         )
-        self._gauge_settings: dict[str, Any] = {
-            "k": k,
-            "rtol": rtol,
-            "max_matvecs": max_matvecs,
-            "method": method,
-            "raw_sharpness": raw_sharpness,
-            "batch_size_fn": batch_size_fn,
-            "seed": seed,
-        }
+        self._solver = Solver(k, rtol, max_matvecs, method, raw_sharpness, seed)
         self._engine_settings: dict[str, Any] = {
             "every_n_steps": every_n_steps,
             "max_overhead": max_overhead,
@@ -183,7 +176,7 @@ class EdgeOfStabilityMonitor(Callback):
         self._fit = self._new_fit()
 
     def _new_fit(self) -> MonitoredFit:
-        engine = Engine(Gauge(**self._gauge_settings), **self._engine_settings)
+        engine = Engine(Gauge(self._solver, self._engine_settings["batch_size_fn"]), **self._engine_settings)
         return MonitoredFit(self._settings, engine, Actions(**self._action_settings), self)
 
     # ------------------------------------------------------------------ what users read

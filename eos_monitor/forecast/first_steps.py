@@ -18,6 +18,7 @@ from eos_monitor.isolation.twin import trained_parameters, twin_optimizer
 from eos_monitor.limits.thresholds import critical_curvature
 from eos_monitor.readings.gauge import Gauge
 from eos_monitor.readings.reading import StabilityReading
+from eos_monitor.readings.settings import Solver
 
 Outcome = Literal["falls", "rises", "diverges", "dead"]
 
@@ -61,7 +62,7 @@ class FirstSteps:
         sizes = [batch_size_fn(batch) for batch in batches]
         self.samples = sum(sizes)
         self.weights = [size / self.samples for size in sizes]
-        self.gauge = Gauge(rtol=rtol, batch_size_fn=batch_size_fn)
+        self.gauge = Gauge(Solver(rtol=rtol), batch_size_fn)
         self.readings: list[StabilityReading] = []
         self.losses: list[float] = []
         self.gradients = self.settling = 0

@@ -21,6 +21,7 @@ from eos_monitor.readings.guard import Attempts, everywhere
 from eos_monitor.readings.reading import Measurement, StabilityReading
 from eos_monitor.readings.samples import ProbeSamples
 from eos_monitor.readings.schedule import Schedule
+from eos_monitor.readings.settings import Probe
 from eos_monitor.verdicts.change import Change
 from eos_monitor.verdicts.detector import InstabilityDetector, Verdict
 from eos_monitor.verdicts.steps import kind_of
@@ -80,7 +81,7 @@ class Engine:
         seed: int = 0,
     ) -> None:
         self.schedule = Schedule(every_n_steps, max_overhead, seed=seed)
-        self.samples = ProbeSamples(probe, probe_samples, batch_size_fn)
+        self.samples = ProbeSamples(Probe(probe, probe_samples, batch_size_fn=batch_size_fn))
         self.detector = InstabilityDetector()
         self.readings: list[StabilityReading] = []
         self.rows: list[dict[str, Any]] = []  # the readings as plain values, each with the verdict of its time

@@ -18,6 +18,7 @@ from eos_monitor.limits.thresholds import learning_rates
 from eos_monitor.monitor.engine import Engine, append_jsonl
 from eos_monitor.readings.gauge import Gauge
 from eos_monitor.readings.reading import Measurement, StabilityReading
+from eos_monitor.readings.settings import Solver
 from eos_monitor.verdicts.detector import Verdict
 from eos_monitor.verdicts.steps import StepBuffer
 
@@ -87,7 +88,7 @@ class StabilityProbe:
         self._module, self._loss_fn, self._full_batch = module, loss_fn, full_batch
         self._optimizers = as_list(optimizer)
         self._engine = Engine(
-            Gauge(k=k, rtol=rtol, raw_sharpness=raw_sharpness, batch_size_fn=batch_size_fn),
+            Gauge(Solver(k=k, rtol=rtol, raw_sharpness=raw_sharpness), batch_size_fn),
             every_n_steps=every_n_steps,
             max_overhead=max_overhead,
             probe=probe,

@@ -21,47 +21,30 @@ from eos_monitor.limits.thresholds import CriticalCurvature, critical_curvature,
 from eos_monitor.readings.edge_solver import AUDIT_EVERY, EdgeOperator, StartVectors, WarmSolver
 from eos_monitor.readings.guard import everywhere
 from eos_monitor.readings.reading import Measurement, StabilityReading
+from eos_monitor.readings.settings import Solver
 from eos_monitor.readings.state_gauges import with_state_gauges
 
 _PARTS = 8
 _NEAR_EDGE = 0.75
 _MOST_MODES = 16
+_SOLVER = Solver()
 
 
 class Gauge:
     """Takes readings one after the other: recycles Ritz vectors, and checks the products at the first.
 
     Args:
-        k: Number of eigenvalues, or ``"edge"`` for all of at least 0.75 (at most 16).
-        rtol: Relative residual of a warm solve; a cold one is tightened to at most 1e-4.
-        max_matvecs: Bound on the products of one solve.
-        method: See :class:`HessianOperator`.
-        raw_sharpness: Solve for λ_max(H) too where it does not follow from the edge ratio.
-        batch_size_fn: See :class:`HessianOperator`.
-        seed: Seed of the start vectors.
+        solver: How to solve.
+        batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.
     """
 
-    def __init__(
-        self,
-        *,
-        k: int | Literal["edge"] = 1,
-        rtol: float = 1e-2,
-        max_matvecs: int = 64,
-        method: str = "auto",
-        raw_sharpness: bool = False,
-        batch_size_fn: Callable[[Any], int] | None = None,
-        seed: int = 0,
-    ) -> None:
-        least = 1 if k == "edge" else k
-        if not isinstance(least, int) or least < 1 or max_matvecs < least:
-            raise ValueError(f"Expected 1 <= `k` <= `max_matvecs`, got {k} and {max_matvecs}.")
-        if not 0.0 < rtol < 1.0:
-            raise ValueError(f"Expected 0 < `rtol` < 1, got {rtol}.")
-        self._all_at_edge, self._rtol, self._max_matvecs = k == "edge", rtol, max_matvecs
-        self._method, self._raw, self._batch_size_fn = method, raw_sharpness, batch_size_fn
-        self._random = StartVectors(seed)
-        self._edge_solver = WarmSolver(least, rtol, max_matvecs, self._random)
-        self._raw_solver = WarmSolver(1, rtol, max_matvecs, self._random)
+    def __init__(self, solver: Solver = _SOLVER, batch_size_fn: Callable[[Any], int] | None = None) -> None:
+        self._solver = solver
+        self._batch_size_fn = batch_size_fn
+        self._random = StartVectors(solver.seed)
+        least = 1 if solver.k == "edge" else solver.k
+        self._edge_solver = WarmSolver(least, solver.rtol, solver.max_matvecs, self._random)
+        self._raw_solver = WarmSolver(1, solver.rtol, solver.max_matvecs, self._random)
         self.modes: Tensor | None = None  # (n, k), of the last reading, in parameter space
         self.check_note: str | None = None
         self.products_are_wrong = False
@@ -99,7 +82,7 @@ class Gauge:
                 loss_fn,
                 batches,
                 params=curvature.params,
-                method=self._method,
+                method=self._solver.method,
                 batch_size_fn=self._batch_size_fn,
                 sandbox=sandbox,
                 sum_over_ranks=sum_over_ranks,
@@ -123,7 +106,7 @@ class Gauge:
         with operator:
             if _can_move(curvature) and curvature.ready and not self.products_are_wrong:
                 reading, mode = self._with_edge(reading, operator, curvature, optimizers)
-            if self._raw and reading.sharpness is None and not self.products_are_wrong:
+            if self._solver.raw_sharpness and reading.sharpness is None and not self.products_are_wrong:
                 reading = self._with_raw_sharpness(reading, operator, curvature)
             if curvature.without_threshold:  # a product will be taken along the update
                 self._check_products(operator, self._random.vector(operator))
@@ -166,14 +149,14 @@ class Gauge:
         eigenvalues = tuple(spectrum.eigenvalues.tolist())
         r, residual = eigenvalues[0], float(spectrum.residuals[0])
         sampling = self._sampling_error(operator, edge, spectrum, reading.full_batch)
-        scale_solver = WarmSolver(1, self._rtol, self._max_matvecs, self._random, self._edge_solver.block)
+        scale_solver = WarmSolver(1, self._solver.rtol, self._solver.max_matvecs, self._random, self._edge_solver.block)
 
         def solve(there: CriticalCurvature) -> tuple[float, Tensor]:
             edge = EdgeOperator(operator, there)
             again = scale_solver.solve(edge)
             return float(again.eigenvalues[0]), edge.scale * again.eigenvectors[:, 0]
 
-        scale = edge_scale(r, top, curvature, optimizers, solve, self._rtol)
+        scale = edge_scale(r, top, curvature, optimizers, solve, self._solver.rtol)
         reading = replace(
             reading,
             edge_ratio=r,
@@ -196,7 +179,7 @@ class Gauge:
         solver = self._edge_solver
         spectrum = solver.solve(edge)
         matvecs = spectrum.matvecs
-        if not self._all_at_edge:
+        if self._solver.k != "edge":
             return spectrum, matvecs
         while float(spectrum.eigenvalues[-1]) >= _NEAR_EDGE and len(spectrum.eigenvalues) == solver.k < _MOST_MODES:
             solver.k = min(_MOST_MODES, solver.k + 2)
@@ -299,7 +282,7 @@ def measure_stability(
     v0: Tensor | None = None,
     rtol: float = 1e-2,
     max_matvecs: int = 64,
-    method: str = "auto",
+    method: Literal["auto", "double-backward", "fd"] = "auto",
     raw_sharpness: bool = False,
     step: int = 0,
     full_batch: bool = False,
@@ -342,14 +325,8 @@ def measure_stability(
         >>> round(reading.sharpness, 4), round(reading.edge_ratio, 4)  # λ_max(2/N XᵀX) = 9, lr·λ/2
         (9.0, 0.45)
     """
-    gauge = Gauge(
-        k=k,
-        rtol=rtol,
-        max_matvecs=max_matvecs,
-        method=method,
-        raw_sharpness=raw_sharpness,
-        batch_size_fn=batch_size_fn,
-    )
+    solver = Solver(k=k, rtol=rtol, max_matvecs=max_matvecs, method=method, raw_sharpness=raw_sharpness)
+    gauge = Gauge(solver, batch_size_fn)
     optimizers = as_list(optimizer)
     if v0 is not None:
         n = sum(p.numel() for p in trained_parameters(optimizers))

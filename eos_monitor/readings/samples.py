@@ -2,52 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from eos_monitor.isolation.batches import batch_size, batch_tensors, clone_batch, move_batch, split_batch
 from eos_monitor.isolation.sandbox import preserve_rng
+from eos_monitor.readings.settings import Probe
 
 _MAX_BYTES = 256 * 2**20
-PROBES = ("fixed", "batch")
 
 
 class ProbeSamples:
     """Batches to measure on: fixed ones from the start of training, the current one, or the user's own.
 
     Args:
-        probe: ``"fixed"``: copies of the first training batches, whole, on the CPU, until ``probe_samples`` or 256 MB
-            are reached; ``"batch"``: the batch of the step that is measured; or an iterable of batches.
-        probe_samples: Samples to collect, ≥ 1.
-        batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.
+        probe: What to collect. The fixed ones are kept until there are enough samples, or 256 MB.
+
+    Attributes:
+        batches: What was collected, or given and read.
+        samples: Number of samples collected.
+        seen: Number of training batches collected, slices of one counted once.
+        whole: Whether no collected batch was cut short.
     """
 
-    def __init__(
-        self,
-        probe: Any = "fixed",
-        probe_samples: int = 256,
-        batch_size_fn: Callable[[Any], int] | None = None,
-    ) -> None:
-        wanted = f"Expected `probe` to be one of {PROBES} or an iterable of batches, got"
-        if isinstance(probe, str):
-            if probe not in PROBES:
-                raise ValueError(f"{wanted} {probe!r}.")
-        elif not callable(getattr(probe, "__iter__", None)):
-            raise TypeError(f"{wanted} {type(probe).__name__}.")
-        if probe_samples < 1:
-            raise ValueError(f"Expected `probe_samples` >= 1, got {probe_samples}.")
-        self.kind = probe if isinstance(probe, str) else "given"
+    def __init__(self, probe: Probe) -> None:
+        self.kind = probe.batches if isinstance(probe.batches, str) else "given"
         self.batches: list[Any] = []
         self.samples = 0
-        self.seen = 0  # training batches collected, slices of one counted once
-        self.whole = True  # whether no collected batch was cut short
-        self._source = None if isinstance(probe, str) else probe
-        self._wanted = probe_samples
-        self._batch_size = batch_size_fn or batch_size
+        self.seen = 0
+        self.whole = True
+        self._source = None if isinstance(probe.batches, str) else probe.batches
+        self._wanted = probe.samples
+        self._batch_size = probe.batch_size_fn or batch_size
         self._bytes = 0
-        self._closed = self._halved = False
+        self._closed = False
+        self._halved = False
 
     @property
     def full(self) -> bool:
@@ -77,11 +67,13 @@ class ProbeSamples:
         halves = [split_batch(batch, 2) for batch in self.batches]
         if self._halved or not halves or any(pair is None for pair in halves):
             return False
-        self.batches, self._halved, self.whole = [half for pair in halves for half in pair or ()], True, False
+        self.batches = [half for pair in halves for half in pair or ()]
+        self._halved = True
+        self.whole = False
         return True
 
     def close(self) -> None:
-        """There are no more batches to collect: an epoch or the run is over."""
+        """Make do with the batches collected so far: an epoch or the run is over."""
         self._closed = self._closed or bool(self.batches)
 
     def on(self, device: torch.device, current: Any) -> list[Any]:

@@ -23,6 +23,7 @@ from eos_monitor.forecast.lookahead import Position, Scheduled, SettingsAhead, e
 from eos_monitor.limits.thresholds import CriticalCurvature
 from eos_monitor.readings.gauge import Gauge, measure_stability
 from eos_monitor.readings.reading import Measurement
+from eos_monitor.readings.settings import Solver
 
 STEPS = 100
 
@@ -435,7 +436,7 @@ ONE = [torch.zeros(1)]
 
 
 def measured(module: nn.Module, optimizer: Optimizer) -> Measurement:
-    return Gauge(rtol=1e-8).measure(module, loss_of, ONE, [optimizer], step=0, full_batch=True)
+    return Gauge(Solver(rtol=1e-8)).measure(module, loss_of, ONE, [optimizer], step=0, full_batch=True)
 
 
 def ratio(module: nn.Module, optimizer: Optimizer) -> float:

@@ -405,7 +405,7 @@ def test_changes_of_verdict_are_kept() -> None:
         (ValueError, "Expected 0 < `max_overhead` <= 1", {"max_overhead": 2.0}),
         (ValueError, "Expected `probe` to be one of", {"probe": "all"}),
         (TypeError, "Expected `probe` to be one of", {"probe": 3}),
-        (ValueError, "Expected `probe_samples` >= 1", {"probe_samples": 0}),
+        (ValueError, "Expected `samples` >= 1", {"probe_samples": 0}),
         (ValueError, "Expected 1 <= `k`", {"k": 0}),
         (ValueError, "Expected 0 < `rtol` < 1", {"rtol": 0.0}),
     ],

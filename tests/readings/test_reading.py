@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from eos_monitor import StabilityReading, critical_curvature, lanczos, measure_stability
 from eos_monitor.readings.gauge import Gauge
 from eos_monitor.readings.reading import Measurement
+from eos_monitor.readings.settings import Solver
 from tests.nets import PROBLEMS, PartlyUsed, Problem, cross_entropy, dense_hessian, labelled, make, mlp, squared_error
 
 EDGE_FIELDS = ("edge_ratio", "error", "residual", "eigenvalues", "normalized_sharpness", "edge_scale", "edge_lr")
@@ -141,7 +142,7 @@ def test_cold_default_readings_find_the_top_of_a_close_pair(bulk: str) -> None:
     sgd = SGD(net.parameters(), lr=2.0)  # c = 1: the edge ratio is the eigenvalue
     converged = off = 0
     for seed in range(200):
-        found = Gauge(seed=seed).measure(net, own_loss, ONE, [sgd], step=0, full_batch=True).reading
+        found = Gauge(Solver(seed=seed)).measure(net, own_loss, ONE, [sgd], step=0, full_batch=True).reading
         assert found.edge_ratio is not None
         converged += found.converged
         off += found.converged and abs(found.edge_ratio - 1.0) > 0.01
@@ -255,7 +256,7 @@ def test_maximizing_flips_the_sign() -> None:
 
 
 def measured(problem: Problem, optimizers: list[Optimizer]) -> Measurement:
-    gauge = Gauge(k=2, rtol=1e-8, max_matvecs=500)
+    gauge = Gauge(Solver(k=2, rtol=1e-8, max_matvecs=500))
     return gauge.measure(problem.module, problem.loss_fn, problem.batches, optimizers, step=3, full_batch=True)
 
 
@@ -319,7 +320,7 @@ def test_common_factor_is_followed_exactly(name: str) -> None:
 def test_error_scales_with_the_ratio() -> None:
     problem = make("unequal-batches")
     optimizers = SETTINGS["sgd"](problem.module)
-    before = Gauge(rtol=1e-2).measure(
+    before = Gauge(Solver(rtol=1e-2)).measure(
         problem.module, problem.loss_fn, problem.batches, optimizers, step=0, full_batch=True
     )
     scale_lr(0.5)(optimizers)
@@ -610,7 +611,7 @@ def test_every_tenth_reading_looks_beyond_the_block(new: float) -> None:
     for seed in range(5):
         net = Diagonal(torch.cat([torch.tensor([1.0, 0.0]), bulk]))
         sgd = SGD(net.parameters(), lr=2.0)
-        gauge = Gauge(seed=seed)
+        gauge = Gauge(Solver(seed=seed))
 
         def reading(gauge: Gauge = gauge, net: Diagonal = net, sgd: SGD = sgd) -> StabilityReading:
             return gauge.measure(net, own_loss, ONE, [sgd], step=0, full_batch=True).reading
@@ -664,7 +665,7 @@ def test_all_modes_near_the_edge(eigenvalues: list[float], found: int) -> None:
         return 0.5 * (curvature * module.weight[0].square()).sum() + 0.0 * batch.sum()
 
     optimizer = torch.optim.SGD(net.parameters(), lr=lr)
-    gauge = Gauge(k="edge", rtol=1e-6)
+    gauge = Gauge(Solver(k="edge", rtol=1e-6))
     for _ in range(2):  # cold, then warm with the number known
         reading = gauge.measure(net, loss_fn, [torch.ones(1)], [optimizer], step=0, full_batch=True).reading
         assert reading.eigenvalues == pytest.approx(sorted(eigenvalues)[::-1][:found], abs=1e-5)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from eos_monitor.isolation.batches import batch_tensors
 from eos_monitor.readings import samples as samples_module
 from eos_monitor.readings.samples import ProbeSamples
+from eos_monitor.readings.settings import Probe
 
 CPU = torch.device("cpu")
 Pair = namedtuple("Pair", ["x", "y"])
@@ -38,7 +39,7 @@ BATCHES: dict[str, Callable[[int], Any]] = {
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_batches_of_any_structure_are_kept_whole(name: str) -> None:
-    probe = ProbeSamples(probe_samples=10)
+    probe = ProbeSamples(Probe(samples=10))
     for n in (4, 5, 6, 7):
         probe.observe(BATCHES[name](n))
     assert probe.full
@@ -52,7 +53,7 @@ def test_batches_of_any_structure_are_kept_whole(name: str) -> None:
 @pytest.mark.parametrize("name", BATCHES)
 def test_batches_are_copied(name: str) -> None:
     batch = BATCHES[name](4)
-    probe = ProbeSamples(probe_samples=4)
+    probe = ProbeSamples(Probe(samples=4))
     probe.observe(batch)
     for tensor in batch_tensors(batch):
         tensor.fill_(9.0)  # the training step edits it in place
@@ -61,13 +62,13 @@ def test_batches_are_copied(name: str) -> None:
 
 def test_what_is_kept_is_not_handed_out_to_be_edited_by_a_loss_twice() -> None:
     """The sandbox copies too; here only that the same objects come each time."""
-    probe = ProbeSamples(probe_samples=1)
+    probe = ProbeSamples(Probe(samples=1))
     probe.observe(torch.ones(2))
     assert torch.equal(probe.on(CPU, None)[0], probe.on(CPU, None)[0])
 
 
 def test_kept_on_the_cpu_and_moved_for_the_reading() -> None:
-    probe = ProbeSamples(probe_samples=1)
+    probe = ProbeSamples(Probe(samples=1))
     probe.observe({"x": torch.ones(2, 3)})
     assert probe.batches[0]["x"].device == CPU
     assert probe.on(torch.device("meta"), None)[0]["x"].device.type == "meta"
@@ -75,7 +76,7 @@ def test_kept_on_the_cpu_and_moved_for_the_reading() -> None:
 
 
 def test_inference_mode_batches_become_ordinary() -> None:
-    probe = ProbeSamples(probe_samples=1)
+    probe = ProbeSamples(Probe(samples=1))
     with torch.inference_mode():
         batch = torch.ones(2)
     probe.observe(batch)
@@ -83,7 +84,7 @@ def test_inference_mode_batches_become_ordinary() -> None:
 
 
 def test_batch_size_fn_counts_the_samples() -> None:
-    probe = ProbeSamples(probe_samples=6, batch_size_fn=lambda batch: batch.shape[1])
+    probe = ProbeSamples(Probe(samples=6, batch_size_fn=lambda batch: batch.shape[1]))
     probe.observe(torch.ones(1, 4))
     assert not probe.full
     probe.observe(torch.ones(1, 4))
@@ -92,14 +93,14 @@ def test_batch_size_fn_counts_the_samples() -> None:
 
 
 def test_nothing_is_taken_after_it_is_full() -> None:
-    probe = ProbeSamples(probe_samples=3)
+    probe = ProbeSamples(Probe(samples=3))
     for _ in range(3):
         probe.observe(torch.ones(3))
     assert (len(probe.batches), probe.seen) == (1, 1)
 
 
 def test_closing_makes_do_with_what_there_is() -> None:
-    probe = ProbeSamples(probe_samples=100)
+    probe = ProbeSamples(Probe(samples=100))
     probe.close()  # nothing yet: an epoch without a batch
     assert not probe.full
     probe.observe(torch.ones(3))
@@ -123,7 +124,7 @@ def wide(n: int) -> Tensor:
 
 @pytest.mark.usefixtures("limit")
 def test_memory_ends_the_collection() -> None:
-    probe = ProbeSamples(probe_samples=1000)
+    probe = ProbeSamples(Probe(samples=1000))
     for _ in range(10):
         probe.observe(wide(4))
     assert probe.full
@@ -133,7 +134,7 @@ def test_memory_ends_the_collection() -> None:
 
 @pytest.mark.usefixtures("limit")
 def test_batch_over_the_limit_is_cut_into_slices() -> None:
-    probe = ProbeSamples(probe_samples=1000)
+    probe = ProbeSamples(Probe(samples=1000))
     batch = {"x": wide(45), "y": torch.arange(45), "name": "a"}  # 4.5 MB
     probe.observe(batch)
     assert probe.full
@@ -151,7 +152,7 @@ def test_batch_over_the_limit_is_cut_into_slices() -> None:
 @pytest.mark.usefixtures("limit")
 @pytest.mark.parametrize("wanted", [5, 1])
 def test_slices_stop_at_the_samples_wanted(wanted: int) -> None:
-    probe = ProbeSamples(probe_samples=wanted)
+    probe = ProbeSamples(Probe(samples=wanted))
     probe.observe(wide(45))
     assert len(probe.batches) == 1
     assert not probe.whole
@@ -168,7 +169,7 @@ def test_slices_stop_at_the_samples_wanted(wanted: int) -> None:
     ids=["other-length", "scalar", "other-dimension"],
 )
 def test_batch_over_the_limit_that_cannot_be_cut_is_refused(batch: Callable[[], Any]) -> None:
-    probe = ProbeSamples()
+    probe = ProbeSamples(Probe())
     with pytest.raises(ValueError, match=r"Expected a batch of at most 1 MB, or tensors that share .* Pass smaller"):
         probe.observe(batch())
 
@@ -178,7 +179,7 @@ def test_the_limit_is_256_megabytes() -> None:
 
 
 def test_current_batch_as_probe() -> None:
-    probe = ProbeSamples("batch")
+    probe = ProbeSamples(Probe("batch"))
     assert probe.full
     current = torch.ones(3)
     probe.observe(current)
@@ -196,7 +197,7 @@ def test_given_batches_are_read_once_without_moving_the_generator() -> None:
             reads.append(torch.rand(1))
             return iter([torch.ones(2), torch.ones(3)])
 
-    probe = ProbeSamples(Loader())
+    probe = ProbeSamples(Probe(Loader()))
     before = torch.get_rng_state()
     assert probe.full
     assert [len(batch) for batch in probe.on(CPU, None)] == [2, 3]
@@ -208,24 +209,24 @@ def test_given_batches_are_read_once_without_moving_the_generator() -> None:
 
 def test_data_loader_as_probe() -> None:
     loader = DataLoader(TensorDataset(torch.arange(10.0)), batch_size=4, shuffle=True)
-    kept = ProbeSamples(loader).on(CPU, None)
+    kept = ProbeSamples(Probe(loader)).on(CPU, None)
     assert sorted(torch.cat([batch[0] for batch in kept]).tolist()) == list(range(10))
 
 
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (ValueError, "Expected `probe` to be one of .* got 'random'", {"probe": "random"}),
-        (TypeError, "Expected `probe` to be one of .* got int", {"probe": 5}),
-        (ValueError, "Expected `probe_samples` >= 1, got 0", {"probe_samples": 0}),
+        (ValueError, "Expected `probe` to be one of .* got 'random'", {"batches": "random"}),
+        (TypeError, "Expected `probe` to be one of .* got int", {"batches": 5}),
+        (ValueError, "Expected `samples` >= 1, got 0", {"samples": 0}),
     ],
     ids=["name", "type", "samples"],
 )
 def test_arguments_that_are_refused(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
-        ProbeSamples(**arguments)
+        Probe(**arguments)
 
 
 def test_batch_without_a_tensor_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected a batch with a tensor, got list"):
-        ProbeSamples().observe(["words"])
+        ProbeSamples(Probe()).observe(["words"])
