@@ -203,17 +203,17 @@ class InstabilityDetector:
         elif reading is not None:
             self._lr = tuple(reading.lr) or self._lr
         if reading is not None:
-            self._take(reading)
+            self._add(reading)
         self._edge.follow(self._lr)
         self._ratio = self._edge.ratio if edge_ratio is None else edge_ratio
         if self._ratio is not None and self._ratio > self._hot:
             self._hot_at = step
         if lr is not None:
-            self._jump.take(step, self._lr[0] if self._lr else None, lr_ahead, self._ratio, self._class)
+            self._jump.add(step, self._lr[0] if self._lr else None, lr_ahead, self._ratio, self._class)
         if loss is not None:
-            self._losses.take(step, float(loss))
+            self._losses.add(step, float(loss))
         if projection is not None or random_projection is not None or relative_update is not None:
-            self.oscillation.take(projection, random_projection, relative_update)
+            self.oscillation.add(projection, random_projection, relative_update)
         self._settle(step, *self._judge(step))
         return self.verdict
 
@@ -255,7 +255,7 @@ class InstabilityDetector:
             return _HOT * (1 - self._momentum) / (1 + self._momentum)
         return _HOT
 
-    def _take(self, reading: StabilityReading) -> None:
+    def _add(self, reading: StabilityReading) -> None:
         if not reading.ready:
             self._readings = "young"
             self._edge.clear()
@@ -264,7 +264,7 @@ class InstabilityDetector:
             self._edge.clear()
         elif not reading.stale and reading.converged:
             self._readings = "usable"
-            self._edge.take(reading)
+            self._edge.add(reading)
 
     def _judge(self, step: int) -> tuple[Verdict, str]:
         """Return the verdict that the present rules give, without the memory of the last one."""

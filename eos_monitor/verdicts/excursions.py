@@ -9,10 +9,14 @@ from typing import Any
 
 _WINDOW = 256
 _FIRST = 5
-_ABOVE, _ABOVE_IN_A_ROW = 3.0, 24
-_FAR, _FAR_ABOVE_START, _FAR_IN_A_ROW = 10.0, 100.0, 3
+_ABOVE = 3.0  # × the median
+_ABOVE_IN_A_ROW = 24
+_FAR = 10.0  # × the median
+_FAR_ABOVE_START = 100.0
+_FAR_IN_A_ROW = 3
 _LOST_ABOVE_START = 1e4  # no bounded run of 811 without a second moment went above 200
-_BACK, _BACK_IN_A_ROW = 1.5, 128
+_BACK = 1.5  # × the median
+_BACK_IN_A_ROW = 128
 
 
 class Excursions:
@@ -39,7 +43,9 @@ class Excursions:
         self._losses: list[float] = []
         self._sorted: list[float] = []
         self._start: list[float] = []
-        self._above = self._far = self._back = 0
+        self._above = 0
+        self._far = 0
+        self._back = 0
         self.out = False
         self.not_finite_at: int | None = None
         self.crossed_at: int | None = None
@@ -48,12 +54,13 @@ class Excursions:
     @property
     def level(self) -> float | None:
         """Median of the last losses; None before the first."""
-        values, middle = self._sorted, len(self._sorted) // 2
+        values = self._sorted
+        middle = len(values) // 2
         if not values:
             return None
         return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
 
-    def take(self, step: int, loss: float) -> None:
+    def add(self, step: int, loss: float) -> None:
         """Take in the loss of a step."""
         if not math.isfinite(loss):
             self._back = 0
@@ -91,7 +98,8 @@ class Excursions:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self._losses, self._start = list(state["losses"]), list(state["start"])
+        self._losses = list(state["losses"])
+        self._start = list(state["start"])
         self._sorted = sorted(self._losses)
         self._above, self._far, self._back = state["counts"]
         self.out, self.not_finite_at, self.crossed_at, self.confirmed_at = state["out"]

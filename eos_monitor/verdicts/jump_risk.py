@@ -59,7 +59,7 @@ class JumpRisk:
         self.ratio: float | None = None
         self.at: int | None = None
 
-    def take(self, step: int, lr: float | None, lr_ahead: float | None, ratio: float | None, kind: str) -> None:
+    def add(self, step: int, lr: float | None, lr_ahead: float | None, ratio: float | None, kind: str) -> None:
         """Take in the learning rate of a step before it is taken.
 
         Args:
@@ -91,7 +91,8 @@ class JumpRisk:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._recent = [list(entry) for entry in state["recent"]]
-        self.ratio, self.at = state["ratio"], state["at"]
+        self.ratio = state["ratio"]
+        self.at = state["at"]
 
 
 def failures_at(ratio: float, kind: str) -> tuple[int, int] | None:

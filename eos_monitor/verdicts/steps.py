@@ -92,7 +92,7 @@ class StepBuffer:
             return
         if len(params) != len(self._params) or any(a is not b for a, b in zip(params, self._params, strict=True)):
             self._params, self._motion = list(params), UpdateProjector(params, self._seed)  # some were frozen or thawed
-        self._timed(lambda motion: motion.aim(w))
+        self._timed(lambda motion: motion.project_on(w))
 
     def begin(self, step: int, settings: Callable[[], Mapping[str, Any]]) -> None:
         """Say that the update of ``step`` comes next; once a step, further calls do nothing.
