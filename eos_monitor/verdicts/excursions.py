@@ -20,7 +20,7 @@ _BACK_IN_A_ROW = 128
 
 
 class Excursions:
-    """Confirms that the loss is out of bounds.
+    """Whether the loss is out of bounds.
 
     With med the median of the 256 losses before, and start the median of the first five: out once the loss is not
     finite, or above 3 med and start for 24 losses in a row, or (unless ``adaptive``) above 10 med and 100 start for 3
@@ -59,6 +59,13 @@ class Excursions:
         if not values:
             return None
         return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
+
+    @property
+    def lateness(self) -> int | None:
+        """Steps from the first loss above 3 med to the confirmation; None unless out of bounds."""
+        if self.confirmed_at is None or self.crossed_at is None:
+            return None
+        return self.confirmed_at - self.crossed_at
 
     def add(self, step: int, loss: float) -> None:
         """Take in the loss of a step."""

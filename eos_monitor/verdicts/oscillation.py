@@ -19,7 +19,7 @@ _STILL = 1e-9
 
 
 class Oscillation:
-    """Follows the sizes and projections of the last updates.
+    """The sizes and projections of the last updates.
 
     Args:
         momentum: β of the optimizer (β1 of Adam).
