@@ -39,7 +39,7 @@ class Cap:
 
 
 class LrGovernor:
-    """Decides by how much the scheduled learning rates are to be multiplied at each step; changes nothing itself.
+    """Factors on the scheduled learning rates of each step; it changes nothing itself.
 
     A rise of a group's scheduled learning rate that :class:`JumpRisk` calls a risk puts that group under a cap: from
     that very step on its factor keeps the edge ratio at ``target``. For ``cooldown`` steps the learning rate in use

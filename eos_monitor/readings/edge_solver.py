@@ -1,4 +1,4 @@
-"""The eigen-solver of readings: it starts from the one before."""
+"""The eigen-solver of readings, which starts from the solve before."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class StartVectors:
 
     @cached_property
     def generator(self) -> torch.Generator:
-        """The generator."""
+        """Generator of the start vectors."""
         return torch.Generator().manual_seed(self._seed)
 
     def vector(self, like: HessianOperator | EdgeOperator) -> Tensor:

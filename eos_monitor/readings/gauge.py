@@ -1,4 +1,4 @@
-"""The instrument: readings one after the other, each starting from the one before."""
+"""The instrument that takes readings one after the other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SOLVER = Solver()
 
 
 class Gauge:
-    """Takes readings one after the other: recycles Ritz vectors, and checks the products at the first.
+    """Readings one after the other: each starts from the Ritz vectors of the one before, the first checks the products.
 
     Args:
         solver: How to solve.
@@ -100,7 +100,8 @@ class Gauge:
             if self._settings.raw_sharpness and reading.sharpness is None and not self.products_are_wrong:
                 reading = self._with_raw_sharpness(reading, operator, curvature)
             if curvature.without_threshold:  # a product will be taken along the update
-                self._check(operator, self._random.vector(operator))
+                v = self._random.vector(operator)
+                self._products = self._products or check_products(operator, v)
             loss = operator.loss if operator.loss is not None else operator.evaluate()
             self._step = operator.step
         notes = _notes(curvature, operator, self.check_note, self._sampling.note)
@@ -120,13 +121,15 @@ class Gauge:
         """Add the edge ratio and what follows from it; return the critical mode too, None if products are wrong."""
         solution = self._solve(operator, curvature)
         mode = solution.mode
-        self._check(operator, mode)
-        if self.products_are_wrong:
+        self._products = self._products or check_products(operator, mode)
+        if self._products.wrong:
             return replace(reading, matvecs=solution.spectrum.matvecs), None
         self.modes = solution.modes
-        error = self._sampling_error(solution, reading.full_batch)
+        if not reading.full_batch:
+            self._sampling = self._sampling_error(solution)
+        sampling = 0.0 if reading.full_batch else self._sampling.at(solution.top)
         scale, matvecs = self._edge_scale(solution, mode, curvature, optimizers)
-        return _with_numbers(reading, solution, curvature, error, scale, matvecs), mode
+        return _with_numbers(reading, solution, curvature, sampling, scale, matvecs), mode
 
     def _solve(self, operator: HessianOperator, curvature: CriticalCurvature) -> Solution:
         """Return the eigenpairs that were asked for."""
@@ -135,21 +138,12 @@ class Gauge:
             operator.step = operator.calibrate(self._random.vector(operator))
         return self._edge_solver.solve_near_edge(edge) if self._settings.k == "edge" else self._edge_solver.solve(edge)
 
-    def _check(self, operator: HessianOperator, v: Tensor) -> None:
-        """Check the products along ``v``, unless they were checked before."""
-        if self._products is None:
-            self._products = check_products(operator, v)
-
-    def _sampling_error(self, solution: Solution, full_batch: bool) -> float | None:
-        """Return the part of the edge ratio's error that comes from the probe being a sample; None if unknown."""
-        if full_batch:
-            return 0.0
-        if solution.top <= 0.0:
-            return None
-        if self._edge_solver.solves % AUDIT_EVERY == 1:  # the relative error changes slowly
-            found = sampling_error(solution)
-            self._sampling = replace(found, note=found.note or self._sampling.note)
-        return None if self._sampling.relative is None else self._sampling.relative * solution.top
+    def _sampling_error(self, solution: Solution) -> SamplingError:
+        """Return the error of the probe being a sample: the last one, but once in ten solves, as it changes slowly."""
+        if solution.top <= 0.0 or self._edge_solver.solves % AUDIT_EVERY != 1:
+            return self._sampling
+        found = sampling_error(solution)
+        return replace(found, note=found.note or self._sampling.note)
 
     def _edge_scale(
         self, solution: Solution, mode: Tensor, curvature: CriticalCurvature, optimizers: Sequence[Optimizer]
@@ -167,12 +161,13 @@ class Gauge:
     def _with_raw_sharpness(
         self, reading: StabilityReading, operator: HessianOperator, curvature: CriticalCurvature
     ) -> StabilityReading:
+        """Add λ_max(H) from a solve of its own."""
         raw = EdgeOperator(
             operator, replace(curvature, c=torch.ones_like(curvature.l2), l2=torch.zeros_like(curvature.l2))
         )
         spectrum = self._raw_solver.solve(raw).spectrum
-        self._check(operator, spectrum.eigenvectors[:, 0])
-        if self.products_are_wrong:
+        self._products = self._products or check_products(operator, spectrum.eigenvectors[:, 0])
+        if self._products.wrong:
             return reading
         alone = reading.edge_ratio is None
         return replace(
@@ -255,7 +250,7 @@ def _with_numbers(
     scale: float | None,
     scale_matvecs: int,
 ) -> StabilityReading:
-    """Add what follows from an edge's solution."""
+    """Add what follows from an edge's solution, its sampling error, and the scale and its products."""
     r = solution.top
     spectrum = solution.spectrum
     residual = float(spectrum.residuals[0])

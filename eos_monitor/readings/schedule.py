@@ -14,7 +14,7 @@ _JITTER = 0.2
 
 
 class Schedule:
-    """Decides at which optimizer steps a reading is due, and keeps account of the monitor's own time.
+    """The optimizer steps at which a reading is due, and the account of the monitor's own time.
 
     With ``every_n_steps`` the cadence is exact. Without it, a reading is due when what was spent and what the next one
     is predicted to cost stay within ``max_overhead`` of the training time; the intervals are jittered by ± 20 %, since

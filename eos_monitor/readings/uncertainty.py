@@ -22,6 +22,10 @@ class SamplingError:
     relative: float | None = None
     note: str | None = None
 
+    def at(self, r: float) -> float | None:
+        """Return the error of an edge ratio r; None if it is not known."""
+        return None if self.relative is None or r <= 0.0 else self.relative * r
+
 
 def sampling_error(solution: Solution) -> SamplingError:
     """Return the error of a top eigenvalue θ > 0; not known if the probe has fewer than 8 parts.

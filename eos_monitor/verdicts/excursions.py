@@ -91,7 +91,9 @@ class Excursions:
         self._back = self._back + 1 if level is None or loss < _BACK * level else 0
         if self.out and self._back >= _BACK_IN_A_ROW:
             self.out = False
-            self.not_finite_at = self.crossed_at = self.confirmed_at = None
+            self.not_finite_at = None
+            self.crossed_at = None
+            self.confirmed_at = None
         self._remember(loss)
 
     def state_dict(self) -> dict[str, Any]:

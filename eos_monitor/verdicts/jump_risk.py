@@ -70,7 +70,8 @@ class JumpRisk:
             kind: Class of the optimizer, see :func:`class_of`.
         """
         if self.at is not None and not 0 <= step - self.at <= _LASTS:
-            self.ratio = self.at = None
+            self.ratio = None
+            self.at = None
         if lr is None or not 0.0 < lr < math.inf:
             return
         self._recent = [entry for entry in self._recent if 0 < step - entry[0] <= _SPAN]

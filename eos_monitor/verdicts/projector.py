@@ -29,7 +29,7 @@ class Movement(NamedTuple):
 
 
 class UpdateProjector:
-    """Measures each update at the price of one copy of the parameters and six passes over them.
+    """Each update in numbers, at the price of one copy of the parameters and six passes over them.
 
     z has up to 256 Gaussian entries in each part of 2¹⁷ coordinates and is zero elsewhere: it is there to notice a
     rhythm, which a direction through all parts does.
@@ -147,7 +147,7 @@ def _chunked(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def movement(values: Sequence[float]) -> Movement:
-    """Return the numbers of :meth:`Motion.after`, read from the device, as what they mean."""
+    """Return the numbers of :meth:`UpdateProjector.after`, read from the device, as what they mean."""
     update2, size2, along, at_random = values
     relative = math.sqrt(update2 / size2) if size2 > 0.0 else math.sqrt(update2)
     return Movement(relative, None if math.isnan(along) else along, at_random)

@@ -60,7 +60,7 @@ def test_random_projection_is_linear_fixed_and_touches_every_parameter() -> None
     assert both == pytest.approx(-2 * values[0] + values[1], rel=1e-4)
 
 
-def test_without_an_aim_or_a_start_there_is_nothing() -> None:
+def test_without_a_vector_or_a_start_there_is_nothing() -> None:
     params = params_of((4,))
     motion = UpdateProjector(params)
     assert motion.after() is None
