@@ -39,7 +39,7 @@ class Cap:
 
 
 class LrGovernor:
-    """Decides by how much the scheduled learning rates are to be multiplied at each step; changes nothing itself.
+    """Factors on the scheduled learning rates of each step; it changes nothing itself.
 
     A rise of a group's scheduled learning rate that :class:`JumpRisk` calls a risk puts that group under a cap: from
     that very step on its factor keeps the edge ratio at ``target``. For ``cooldown`` steps the learning rate in use
@@ -68,7 +68,9 @@ class LrGovernor:
             raise ValueError(f"Expected a smallest factor in (0, 1], got {floor}.")
         if cooldown < 1:
             raise ValueError(f"Expected a cooldown of at least 1 step, got {cooldown}.")
-        self._target, self._floor, self._cooldown = target, floor, cooldown
+        self._target = target
+        self._floor = floor
+        self._cooldown = cooldown
         self._jumps: list[JumpRisk] = []
         self._caps: list[float | None] = []  # of each group; None without one
         self._ceiling = 1.0
@@ -102,7 +104,8 @@ class LrGovernor:
         reading = measurement.reading
         if reading.edge_ratio is None or not 0.0 < reading.edge_ratio < math.inf or not reading.converged:
             return
-        self._ratio, self._rates = reading.edge_ratio, tuple(reading.lr)
+        self._ratio = reading.edge_ratio
+        self._rates = tuple(reading.lr)
         self._shares = _shares(measurement, optimizers)
         self._kind = class_of(**kind_of(optimizers), full_batch=bool(reading.full_batch))
 
@@ -127,7 +130,7 @@ class LrGovernor:
         risen = []
         for g, (jump, rate) in enumerate(zip(self._jumps, rates, strict=True)):
             known = jump.ratio
-            jump.take(step, rate, None, in_effect, self._kind)
+            jump.add(step, rate, None, in_effect, self._kind)
             if jump.ratio is not None and jump.ratio != known and self._caps[g] is None:
                 risen.append(g)
                 self._caps[g] = 1.0
@@ -143,7 +146,7 @@ class LrGovernor:
             full = 1.0 if self._ceiling < 1.0 else None
             self._caps = [full if cap is not None and cap >= 1.0 else cap for cap in self._caps]
             return None
-        return self._cap(risen, rates, scheduled, self._aim())
+        return self._cap(risen, rates, scheduled, self._target_ratio())
 
     def lower(self, step: int, rates: Sequence[float], caps: Sequence[float | None] = ()) -> Cap:
         """Lower all learning rates for good: to half, and to the target where a ratio is known.
@@ -155,15 +158,18 @@ class LrGovernor:
         """
         self._caps = [1.0 if cap is None else cap for cap in (caps if len(caps) == len(rates) else [None] * len(rates))]
         found = self._ratio_at(rates, self.factors, 1.0)
-        target = None if found is None else self._aim()
+        target = None if found is None else self._target_ratio()
         enough = 1.0 if found is None or target is None else target / found
         self._ceiling = max(self._floor, min(self.factors, default=1.0) * min(_BACK_OFF, enough))
-        self._at, self._used = step, []
+        self._at = step
+        self._used = []
         return self._cap(range(len(rates)), rates, self.ratio(rates), target)
 
     def release(self) -> None:
         """Take all caps and the ceiling back."""
-        self._caps, self._ceiling, self._at = [None] * len(self._caps), 1.0, None
+        self._caps = [None] * len(self._caps)
+        self._ceiling = 1.0
+        self._at = None
         self._used = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,7 +184,9 @@ class LrGovernor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self._caps, self._ceiling, self._at = list(state["caps"]), state["ceiling"], state["at"]
+        self._caps = list(state["caps"])
+        self._ceiling = state["ceiling"]
+        self._at = state["at"]
         self._used = list(state["used"])
         self._jumps = [JumpRisk() for _ in state["jumps"]]
         for jump, saved in zip(self._jumps, state["jumps"], strict=True):
@@ -192,7 +200,7 @@ class LrGovernor:
         waiting = self._at is not None and step - self._at < self._cooldown
         return self._used[g] * (1.0 if waiting else 2.0 ** (1.0 / self._cooldown)) / rate
 
-    def _aim(self) -> float:
+    def _target_ratio(self) -> float:
         return min(1.0, _OF_CUT * cut_of(self._kind)) if self._target is None else self._target
 
     def _lower_to_target(self, rates: Sequence[float], correction: float) -> None:
@@ -201,7 +209,7 @@ class LrGovernor:
         if self._ratio is None or not terms:
             return
         capped = sum(term for term, cap in zip(terms, self._caps, strict=True) if cap is not None)
-        needed = correction * self._ratio / self._aim() - (sum(terms) - capped)
+        needed = correction * self._ratio / self._target_ratio() - (sum(terms) - capped)
         if 0.0 < capped < needed:
             factor = capped / needed
             self._caps = [
@@ -228,7 +236,8 @@ class LrGovernor:
 
 def _shares(measurement: Measurement, optimizers: Sequence[Any]) -> tuple[float, ...]:
     """Return the share of each group in xᵀ C x; groups without a threshold have none."""
-    mode, c = measurement.mode, measurement.curvature.c
+    mode = measurement.mode
+    c = measurement.curvature.c
     assert mode is not None
     assert c is not None
     sizes = {id(p): p.numel() for p in measurement.curvature.params}

@@ -14,7 +14,7 @@ from eos_monitor.forecast.lookahead import edge_ratio_at
 from eos_monitor.limits.thresholds import learning_rates
 from eos_monitor.readings.reading import Measurement
 
-_MOVED = 0.05  # relative change of 1 − β that is followed
+_FOLLOWED = 0.05  # relative change of 1 − β from which on it is followed
 
 
 class TrackedReading:
@@ -54,15 +54,15 @@ class TrackedReading:
         averages = _averages(optimizers)
         if self._averages is None:
             self._averages = averages
-        moved = averages != self._averages and any(
-            abs(now - then) > _MOVED * then for now, then in zip(averages, self._averages, strict=False)
+        changed = averages != self._averages and any(
+            abs(now - then) > _FOLLOWED * then for now, then in zip(averages, self._averages, strict=False)
         )
-        if not moved and self._factor == 1.0:
+        if not changed and self._factor == 1.0:
             return None
         scale = _lr_scale(measurement.reading.lr, learning_rates(optimizers))
         if scale is None:
             return None
-        if moved:
+        if changed:
             self._averages = averages
             unchanged: list[list[dict[str, Any]]] = [[{} for _ in o.param_groups] for o in optimizers]
             ratio = edge_ratio_at(measurement, optimizers, unchanged)

@@ -1,8 +1,9 @@
-"""The eigen-solver of readings: it starts from the one before."""
+"""The eigen-solver of readings, which starts from the solve before."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -12,6 +13,7 @@ from eos_monitor.curvature.hessian import HessianOperator
 from eos_monitor.curvature.lanczos import Spectrum, lanczos_recycled
 from eos_monitor.limits.edge_scale import shortened
 from eos_monitor.limits.thresholds import CriticalCurvature
+from eos_monitor.readings.settings import Solver
 
 # A cold start stopped at 1e-3 sat on the second eigenvalue of {1, 0.98, bulk} in 4 of 200 seeded runs (n = 2,000), at
 # 3e-4 and 1e-4 in none; the tighter stop costs one or two products, once per run.
@@ -26,6 +28,9 @@ _ATOL = 1e-6
 _DEAD = 1e-12
 AUDIT_EVERY = 10  # solves
 _AUDIT_PRODUCTS = 8
+# From this edge ratio on a mode counts as one of those at the edge.
+_NEAR_EDGE = 0.75
+_MOST_MODES = 16
 
 
 class EdgeOperator:
@@ -43,9 +48,13 @@ class EdgeOperator:
 
     def __init__(self, hessian: HessianOperator, curvature: CriticalCurvature) -> None:
         assert curvature.c is not None
-        self.size, self.dtype, self.device = hessian.size, hessian.dtype, hessian.device
-        self.hessian, self._sign = hessian, curvature.sign
-        c, l2 = shortened(curvature.c.to(hessian.device)), shortened(curvature.l2.to(hessian.device, hessian.dtype))
+        self.size = hessian.size
+        self.dtype = hessian.dtype
+        self.device = hessian.device
+        self.hessian = hessian
+        self._sign = curvature.sign
+        c = shortened(curvature.c.to(hessian.device))
+        l2 = shortened(curvature.l2.to(hessian.device, hessian.dtype))
         least, most = (float(bound) for bound in torch.aminmax(c))
         self.mask = None if math.isfinite(most) else torch.isfinite(curvature.c.to(hessian.device))  # None: all
         if least < _DEAD * most:
@@ -75,7 +84,7 @@ class StartVectors:
 
     @cached_property
     def generator(self) -> torch.Generator:
-        """The generator."""
+        """Generator of the start vectors."""
         return torch.Generator().manual_seed(self._seed)
 
     def vector(self, like: HessianOperator | EdgeOperator) -> Tensor:
@@ -83,13 +92,40 @@ class StartVectors:
         return torch.randn(like.size, generator=self.generator).to(like.device, like.dtype)
 
 
+@dataclass(frozen=True)
+class Solution:
+    """The top eigenpairs of an edge operator.
+
+    Attributes:
+        operator: The edge operator.
+        spectrum: Its eigenvalues, and their vectors u in the scaled coordinates C^½ θ.
+    """
+
+    operator: EdgeOperator
+    spectrum: Spectrum
+
+    @property
+    def top(self) -> float:
+        """The largest eigenvalue."""
+        return float(self.spectrum.eigenvalues[0])
+
+    @property
+    def mode(self) -> Tensor:
+        """Its mode x = C^-½ u in parameter space, ``(n,)``."""
+        return self.operator.scale * self.spectrum.eigenvectors[:, 0]
+
+    @property
+    def modes(self) -> Tensor:
+        """All modes in parameter space, ``(n, k)``."""
+        return self.operator.scale[:, None] * self.spectrum.eigenvectors
+
+
 class WarmSolver:
     """Eigen-solver that starts from the Ritz vectors of the solve before.
 
     Args:
         k: Number of eigenvalues.
-        rtol: Relative residual of a warm solve; a cold one is tightened to at most 1e-4.
-        max_matvecs: Bound on the products of one solve.
+        settings: How to solve; its own number of eigenvalues does not count.
         random: Start vectors.
         block: Ritz vectors to begin with, ``(n, j)``.
 
@@ -98,19 +134,23 @@ class WarmSolver:
         solves: Number of solves.
     """
 
-    def __init__(
-        self, k: int, rtol: float, max_matvecs: int, random: StartVectors, block: Tensor | None = None
-    ) -> None:
-        self.k, self._rtol, self._max_matvecs, self._random = k, rtol, max_matvecs, random
+    def __init__(self, k: int, settings: Solver, random: StartVectors, block: Tensor | None = None) -> None:
         self.block = block
         self.matvecs = 0
         self.solves = 0
+        self._k = k
+        self._settings = settings
+        self._random = random
 
-    def solve(self, operator: EdgeOperator) -> Spectrum:
-        """Return the top eigenvalues and vectors."""
+    def solve(self, operator: EdgeOperator) -> Solution:
+        """Return the top eigenpairs."""
+        block = self.block
         mask = operator.mask
-        warm = self.block is not None and self.block.shape[0] == operator.size
-        start = self.block.reshape(operator.size, -1).to(operator.device) if warm and self.block is not None else None
+        rtol = self._settings.rtol
+        start = None
+        if block is not None and block.shape[0] == operator.size:
+            start = block.reshape(operator.size, -1).to(operator.device)
+        warm = start is not None
         # A new top direction may be born outside the recycled block. A random vector alone would not show it: the
         # block's own top pair has converged, and the solve would stop.
         audit = warm and self.solves % AUDIT_EVERY == AUDIT_EVERY - 1
@@ -118,19 +158,38 @@ class WarmSolver:
             fresh = self._random.vector(operator)[:, None]
             # By rows, which is how the basis holds them.
             start = fresh if start is None else torch.cat([start.to(operator.dtype).T, fresh.T]).T
-        tight = min(self._rtol, max(_COLD_RTOL, operator.rounding / 8))
+        tight = min(rtol, max(_COLD_RTOL, operator.rounding / 8))
         step = operator.hessian.step
         spectrum, self.block = lanczos_recycled(
             operator,
             start if mask is None else start * mask[:, None],
-            k=min(self.k, operator.size if mask is None else int(mask.sum())),
+            k=min(self._k, operator.size if mask is None else int(mask.sum())),
             # No residual gets below the error of the products; beyond `rtol` that is no excuse.
-            rtol=max(_WARM_SHARE * self._rtol if warm else tight, min(2 * step.error, self._rtol) if step else 0.0),
+            rtol=max(_WARM_SHARE * rtol if warm else tight, min(2 * step.error, rtol) if step else 0.0),
             atol=_ATOL,
-            max_matvecs=self._max_matvecs,
+            max_matvecs=self._settings.max_matvecs,
             generator=self._random.generator,
             explore=_AUDIT_PRODUCTS if audit else 0,
         )
         self.solves += 1
         self.matvecs += spectrum.matvecs
-        return spectrum
+        return Solution(operator, spectrum)
+
+    def solve_near_edge(self, operator: EdgeOperator) -> Solution:
+        """Return all eigenpairs of at least 0.75, 1 to 16 of them, with the products of all solves that it took."""
+        spectrum = self.solve(operator).spectrum
+        matvecs = spectrum.matvecs
+        while float(spectrum.eigenvalues[-1]) >= _NEAR_EDGE and len(spectrum.eigenvalues) == self._k < _MOST_MODES:
+            self._k = min(_MOST_MODES, self._k + 2)
+            spectrum = self.solve(operator).spectrum
+            matvecs += spectrum.matvecs
+        near = max(1, int((spectrum.eigenvalues >= _NEAR_EDGE).sum()))
+        self._k = min(_MOST_MODES, near + 1)  # the next solve sees that it has all of them
+        found = replace(
+            spectrum,
+            eigenvalues=spectrum.eigenvalues[:near],
+            eigenvectors=spectrum.eigenvectors[:, :near],
+            residuals=spectrum.residuals[:near],
+            matvecs=matvecs,
+        )
+        return Solution(operator, found)

@@ -1,4 +1,4 @@
-"""The instrument: readings one after the other, each starting from the one before."""
+"""The instrument that takes readings one after the other."""
 
 from __future__ import annotations
 
@@ -13,45 +13,52 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eos_monitor.curvature.hessian import FiniteDifferenceStep, HessianOperator, SumOverRanks
-from eos_monitor.curvature.lanczos import Spectrum
 from eos_monitor.isolation.sandbox import LossFn, Sandbox, preserve_rng
 from eos_monitor.isolation.twin import as_list, trained_parameters
 from eos_monitor.limits.edge_scale import edge_scale, shortened
-from eos_monitor.limits.thresholds import CriticalCurvature, critical_curvature, learning_rates
-from eos_monitor.readings.edge_solver import AUDIT_EVERY, EdgeOperator, StartVectors, WarmSolver
-from eos_monitor.readings.guard import everywhere
+from eos_monitor.limits.thresholds import CriticalCurvature, learning_rates
+from eos_monitor.readings.edge_solver import AUDIT_EVERY, EdgeOperator, Solution, StartVectors, WarmSolver
+from eos_monitor.readings.products import CheckedProducts, check_products
 from eos_monitor.readings.reading import Measurement, StabilityReading
 from eos_monitor.readings.settings import Solver
 from eos_monitor.readings.state_gauges import with_state_gauges
+from eos_monitor.readings.subject import Subject
+from eos_monitor.readings.uncertainty import SamplingError, sampling_error
 
-_PARTS = 8
-_NEAR_EDGE = 0.75
-_MOST_MODES = 16
 _SOLVER = Solver()
 
 
 class Gauge:
-    """Takes readings one after the other: recycles Ritz vectors, and checks the products at the first.
+    """Readings one after the other: each starts from the Ritz vectors of the one before, the first checks the products.
 
     Args:
         solver: How to solve.
         batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.
+
+    Attributes:
+        modes: Critical modes of the last reading that has any, ``(n, k)``, in parameter space.
     """
 
     def __init__(self, solver: Solver = _SOLVER, batch_size_fn: Callable[[Any], int] | None = None) -> None:
-        self._solver = solver
+        self.modes: Tensor | None = None
+        self._settings = solver
         self._batch_size_fn = batch_size_fn
         self._random = StartVectors(solver.seed)
-        least = 1 if solver.k == "edge" else solver.k
-        self._edge_solver = WarmSolver(least, solver.rtol, solver.max_matvecs, self._random)
-        self._raw_solver = WarmSolver(1, solver.rtol, solver.max_matvecs, self._random)
-        self.modes: Tensor | None = None  # (n, k), of the last reading, in parameter space
-        self.check_note: str | None = None
-        self.products_are_wrong = False
-        self._checked = False
-        self._relative_sampling: float | None = None
-        self._sampling_note: str | None = None
+        self._edge_solver = WarmSolver(1 if solver.k == "edge" else solver.k, solver, self._random)
+        self._raw_solver = WarmSolver(1, solver, self._random)
+        self._products: CheckedProducts | None = None  # of the first reading that needs any
+        self._sampling = SamplingError()
         self._step: FiniteDifferenceStep | None = None
+
+    @property
+    def products_are_wrong(self) -> bool:
+        """Whether the products failed their check, so that no edge is reported any more."""
+        return self._products is not None and self._products.wrong
+
+    @property
+    def check_note(self) -> str | None:
+        """What the check of the products found, in words; None for nothing."""
+        return None if self._products is None else self._products.note
 
     def start_from(self, v0: Tensor) -> None:
         """Use ``v0``, ``(n,)`` or ``(n, j)`` in the scaled coordinates C^½ θ, as if an earlier reading had left it."""
@@ -73,60 +80,35 @@ class Gauge:
         """Take one reading at the module's present parameters."""
         began = time.perf_counter()
         with preserve_rng():  # a DataLoader's iterator draws its seed from the global generator
-            batches = list(batches)
-
-        def prepare() -> tuple[CriticalCurvature, HessianOperator]:
-            curvature = critical_curvature(optimizers)
-            return curvature, HessianOperator(
-                module,
-                loss_fn,
-                batches,
-                params=curvature.params,
-                method=self._solver.method,
-                batch_size_fn=self._batch_size_fn,
-                sandbox=sandbox,
-                sum_over_ranks=sum_over_ranks,
-            )
-
-        curvature, operator = everywhere(prepare, sum_over_ranks, "a probe")
-        samples = operator.samples
-        if sum_over_ranks is not None:
-            samples = int(sum_over_ranks(torch.tensor([float(samples)])))
+            probe = list(batches)
+        subject = Subject(module, loss_fn, probe, optimizers, self._batch_size_fn, sandbox, sum_over_ranks)
+        curvature, operator = subject.prepare(self._settings.method)
         reading = StabilityReading(
             step=step,
             loss=None,
             lr=learning_rates(optimizers),
             full_batch=full_batch,
-            samples=samples,
+            samples=subject.over_ranks(operator.samples),
             method=operator.method,
             ready=curvature.ready,
         )
         mode = None
         operator.step = self._step
         with operator:
-            if _can_move(curvature) and curvature.ready and not self.products_are_wrong:
+            if curvature.ready and _can_move(curvature) and not self.products_are_wrong:
                 reading, mode = self._with_edge(reading, operator, curvature, optimizers)
-            if self._solver.raw_sharpness and reading.sharpness is None and not self.products_are_wrong:
+            if self._settings.raw_sharpness and reading.sharpness is None and not self.products_are_wrong:
                 reading = self._with_raw_sharpness(reading, operator, curvature)
             if curvature.without_threshold:  # a product will be taken along the update
-                self._check_products(operator, self._random.vector(operator))
+                v = self._random.vector(operator)
+                self._products = self._products or check_products(operator, v)
             loss = operator.loss if operator.loss is not None else operator.evaluate()
             self._step = operator.step
-        reading = replace(reading, loss=loss, notes=self._notes(curvature, operator))
+        notes = _notes(curvature, operator, self.check_note, self._sampling.note)
+        reading = replace(reading, loss=loss, notes=notes)
         if curvature.ready and not self.products_are_wrong:
-            reading = with_state_gauges(
-                reading,
-                module,
-                loss_fn,
-                batches,
-                optimizers,
-                without_threshold=bool(curvature.without_threshold),
-                accumulate=accumulate,
-                method=operator.method,
-                batch_size_fn=self._batch_size_fn,
-                sandbox=sandbox,
-                sum_over_ranks=sum_over_ranks,
-            )
+            without = bool(curvature.without_threshold)
+            reading = with_state_gauges(reading, subject, without_threshold=without, accumulate=accumulate)
         return Measurement(replace(reading, seconds=time.perf_counter() - began), curvature, mode)
 
     def _with_edge(
@@ -136,99 +118,56 @@ class Gauge:
         curvature: CriticalCurvature,
         optimizers: Sequence[Optimizer],
     ) -> tuple[StabilityReading, Tensor | None]:
-        assert curvature.c is not None
+        """Add the edge ratio and what follows from it; return the critical mode too, None if products are wrong."""
+        solution = self._solve(operator, curvature)
+        mode = solution.mode
+        self._products = self._products or check_products(operator, mode)
+        if self._products.wrong:
+            return replace(reading, matvecs=solution.spectrum.matvecs), None
+        self.modes = solution.modes
+        if not reading.full_batch:
+            self._sampling = self._sampling_error(solution)
+        sampling = 0.0 if reading.full_batch else self._sampling.at(solution.top)
+        scale, matvecs = self._edge_scale(solution, mode, curvature, optimizers)
+        return _with_numbers(reading, solution, curvature, sampling, scale, matvecs), mode
+
+    def _solve(self, operator: HessianOperator, curvature: CriticalCurvature) -> Solution:
+        """Return the eigenpairs that were asked for."""
         edge = EdgeOperator(operator, curvature)
         if operator.method == "fd" and operator.step is None:
             operator.step = operator.calibrate(self._random.vector(operator))
-        spectrum, matvecs = self._solve_edge(edge)
-        top = edge.scale * spectrum.eigenvectors[:, 0]  # the critical mode in parameter space
-        self._check_products(operator, top)
-        if self.products_are_wrong:
-            return replace(reading, matvecs=matvecs), None
-        self.modes = edge.scale[:, None] * spectrum.eigenvectors
-        eigenvalues = tuple(spectrum.eigenvalues.tolist())
-        r, residual = eigenvalues[0], float(spectrum.residuals[0])
-        sampling = self._sampling_error(operator, edge, spectrum, reading.full_batch)
-        scale_solver = WarmSolver(1, self._solver.rtol, self._solver.max_matvecs, self._random, self._edge_solver.block)
+        return self._edge_solver.solve_near_edge(edge) if self._settings.k == "edge" else self._edge_solver.solve(edge)
+
+    def _sampling_error(self, solution: Solution) -> SamplingError:
+        """Return the error of the probe being a sample: the last one, but once in ten solves, as it changes slowly."""
+        if solution.top <= 0.0 or self._edge_solver.solves % AUDIT_EVERY != 1:
+            return self._sampling
+        found = sampling_error(solution)
+        return replace(found, note=found.note or self._sampling.note)
+
+    def _edge_scale(
+        self, solution: Solution, mode: Tensor, curvature: CriticalCurvature, optimizers: Sequence[Optimizer]
+    ) -> tuple[float | None, int]:
+        """Return the factor on all learning rates that leads to the edge, and the products that it took."""
+        solver = WarmSolver(1, self._settings, self._random, self._edge_solver.block)
 
         def solve(there: CriticalCurvature) -> tuple[float, Tensor]:
-            edge = EdgeOperator(operator, there)
-            again = scale_solver.solve(edge)
-            return float(again.eigenvalues[0]), edge.scale * again.eigenvectors[:, 0]
+            again = solver.solve(EdgeOperator(solution.operator.hessian, there))
+            return again.top, again.mode
 
-        scale = edge_scale(r, top, curvature, optimizers, solve, self._solver.rtol)
-        reading = replace(
-            reading,
-            edge_ratio=r,
-            eigenvalues=eigenvalues,
-            error=residual if sampling is None else math.hypot(residual, sampling),
-            sampling_error=sampling,
-            residual=residual / abs(r) if r else 0.0,
-            threshold=curvature.threshold,
-            normalized_sharpness=None if curvature.threshold is None else r * curvature.threshold,
-            sharpness=_free_sharpness(r, curvature),
-            edge_scale=scale,
-            edge_lr=None if scale is None else tuple(scale * lr for lr in reading.lr),
-            matvecs=matvecs + scale_solver.matvecs,
-            converged=spectrum.converged,
-        )
-        return reading, top
-
-    def _solve_edge(self, edge: EdgeOperator) -> tuple[Spectrum, int]:
-        """Solve for the eigenvalues that were asked for; return the products too."""
-        solver = self._edge_solver
-        spectrum = solver.solve(edge)
-        matvecs = spectrum.matvecs
-        if self._solver.k != "edge":
-            return spectrum, matvecs
-        while float(spectrum.eigenvalues[-1]) >= _NEAR_EDGE and len(spectrum.eigenvalues) == solver.k < _MOST_MODES:
-            solver.k = min(_MOST_MODES, solver.k + 2)
-            spectrum = solver.solve(edge)
-            matvecs += spectrum.matvecs
-        near = max(1, int((spectrum.eigenvalues >= _NEAR_EDGE).sum()))
-        solver.k = min(_MOST_MODES, near + 1)  # the next reading sees that it has all of them
-        return replace(
-            spectrum,
-            eigenvalues=spectrum.eigenvalues[:near],
-            eigenvectors=spectrum.eigenvectors[:, :near],
-            residuals=spectrum.residuals[:near],
-        ), matvecs
-
-    def _sampling_error(
-        self, operator: HessianOperator, edge: EdgeOperator, spectrum: Spectrum, full_batch: bool
-    ) -> float | None:
-        """RMS error of the top eigenvalue θ of a sample as an estimate of the whole's; None if the probe has < 8 parts.
-
-        With p_b = A_b u over m parts: the variance of their mean along u, plus the square of the upward bias that comes
-        from u fitting the sample, to first order Σ_b ‖p_b − p̄‖²_⊥ / (m (m − 1) θ), the other eigenvalues taken as 0.
-        """
-        theta = float(spectrum.eigenvalues[0])
-        if full_batch:
-            return 0.0
-        if theta <= 0.0:
-            return None
-        if self._edge_solver.solves % AUDIT_EVERY == 1:  # the relative error changes slowly
-            try:
-                spread = operator.spread(spectrum.eigenvectors[:, 0], edge.scale, _PARTS)
-            except Exception as error:  # a loss that needs whole batches still has a curvature
-                spread = None
-                self._sampling_note = f"no sampling error, because the loss cannot be taken on slices: {error}"
-            if spread is None:
-                self._relative_sampling = None
-            else:
-                bias = spread.across / (spread.parts * theta)
-                self._relative_sampling = math.sqrt(max(0.0, spread.along) / spread.parts + bias**2) / theta
-        return None if self._relative_sampling is None else self._relative_sampling * theta
+        scale = edge_scale(solution.top, mode, curvature, optimizers, solve, self._settings.rtol)
+        return scale, solver.matvecs
 
     def _with_raw_sharpness(
         self, reading: StabilityReading, operator: HessianOperator, curvature: CriticalCurvature
     ) -> StabilityReading:
+        """Add λ_max(H) from a solve of its own."""
         raw = EdgeOperator(
             operator, replace(curvature, c=torch.ones_like(curvature.l2), l2=torch.zeros_like(curvature.l2))
         )
-        spectrum = self._raw_solver.solve(raw)
-        self._check_products(operator, spectrum.eigenvectors[:, 0])
-        if self.products_are_wrong:
+        spectrum = self._raw_solver.solve(raw).spectrum
+        self._products = self._products or check_products(operator, spectrum.eigenvectors[:, 0])
+        if self._products.wrong:
             return reading
         alone = reading.edge_ratio is None
         return replace(
@@ -237,39 +176,6 @@ class Gauge:
             matvecs=reading.matvecs + spectrum.matvecs,
             converged=spectrum.converged and (alone or reading.converged),
         )
-
-    def _check_products(self, operator: HessianOperator, v: Tensor) -> None:
-        if self._checked:
-            return
-        check = operator.check(v)
-        self._checked = True
-        self.products_are_wrong = not check.passed
-        if not check.passed:
-            self.check_note = (
-                f"Hessian-vector products by {operator.method} differ from finite differences by "
-                f"{check.mismatch:.1%}: something in this module cannot be differentiated twice (weight_norm, "
-                "once_differentiable and custom backwards are known to). No edge is reported."
-                + (" method='fd' does without second derivatives." if operator.method != "fd" else "")
-            )
-        elif operator.method == "fd" and check.mismatch > 1e-2:
-            self.check_note = f"finite differences are inexact here, by {check.mismatch:.1%} (kinks, or rounding)"
-        elif check.dtype != torch.float64:
-            self.check_note = (
-                f"products checked in float32 only (mismatch {check.mismatch:.1%}), because the loss refuses float64"
-            )
-
-    def _notes(self, curvature: CriticalCurvature, operator: HessianOperator) -> tuple[str, ...]:
-        notes = []
-        if curvature.without_threshold:
-            rest = "" if curvature.c is None else "; the edge ratio speaks of the other groups"
-            notes.append(f"no known threshold for {', '.join(curvature.without_threshold)}{rest}")
-        elif curvature.c is not None and not curvature.notes and not _can_move(curvature):
-            notes.append("no edge at a learning rate of 0")
-        notes += curvature.notes
-        if operator.unused:
-            notes.append(f"{operator.unused:.0%} of the trained parameters are not used by the loss")
-        notes += [note for note in (self.check_note, self._sampling_note) if note]
-        return tuple(notes)
 
 
 def measure_stability(
@@ -336,15 +242,61 @@ def measure_stability(
     return gauge.measure(module, loss_fn, batches, optimizers, step=step, full_batch=full_batch).reading
 
 
+def _with_numbers(
+    reading: StabilityReading,
+    solution: Solution,
+    curvature: CriticalCurvature,
+    sampling: float | None,
+    scale: float | None,
+    scale_matvecs: int,
+) -> StabilityReading:
+    """Add what follows from an edge's solution, its sampling error, and the scale and its products."""
+    r = solution.top
+    spectrum = solution.spectrum
+    residual = float(spectrum.residuals[0])
+    return replace(
+        reading,
+        edge_ratio=r,
+        eigenvalues=tuple(spectrum.eigenvalues.tolist()),
+        error=residual if sampling is None else math.hypot(residual, sampling),
+        sampling_error=sampling,
+        residual=residual / abs(r) if r else 0.0,
+        threshold=curvature.threshold,
+        normalized_sharpness=None if curvature.threshold is None else r * curvature.threshold,
+        sharpness=_free_sharpness(r, curvature),
+        edge_scale=scale,
+        edge_lr=None if scale is None else tuple(scale * lr for lr in reading.lr),
+        matvecs=spectrum.matvecs + scale_matvecs,
+        converged=spectrum.converged,
+    )
+
+
+def _notes(curvature: CriticalCurvature, operator: HessianOperator, *found: str | None) -> tuple[str, ...]:
+    """Return what a reader should know of the optimizers and parameters, and what was found of the products."""
+    notes = []
+    if curvature.without_threshold:
+        rest = "" if curvature.c is None else "; the edge ratio speaks of the other groups"
+        notes.append(f"no known threshold for {', '.join(curvature.without_threshold)}{rest}")
+    elif curvature.c is not None and not curvature.notes and not _can_move(curvature):
+        notes.append("no edge at a learning rate of 0")
+    notes += curvature.notes
+    if operator.unused:
+        notes.append(f"{operator.unused:.0%} of the trained parameters are not used by the loss")
+    notes += [note for note in found if note]
+    return tuple(notes)
+
+
 def _can_move(curvature: CriticalCurvature) -> bool:
+    """Return whether some coordinate has an edge, and the decay alone is stable in all."""
     if curvature.c is None:
         return False
     least = float(curvature.c.min())
-    return not (least < 0.0 or least == math.inf)  # below 0 the decay alone is unstable
+    return not (least < 0.0 or least == math.inf)
 
 
 def _free_sharpness(r: float, curvature: CriticalCurvature) -> float | None:
-    """λ_max(H) = r·c − wd where C and W are multiples of the identity."""
+    """Return λ_max(H) = r·c − wd where C and W are multiples of the identity; None elsewhere."""
     assert curvature.c is not None
-    c, l2 = shortened(curvature.c), shortened(curvature.l2)
+    c = shortened(curvature.c)
+    l2 = shortened(curvature.l2)
     return r * float(c) - float(l2) if len(c) == len(l2) == 1 else None

@@ -101,14 +101,16 @@ class Measurement:
         If the critical curvature is c/s with one s for all coordinates, the edge ratio is s times the measured one,
         exactly; otherwise the reading is marked stale.
         """
-        reading, lr = self.reading, learning_rates(optimizers)
+        reading = self.reading
+        lr = learning_rates(optimizers)
         if reading.edge_ratio is None or self.mode is None:
             return replace(reading, lr=lr)
         now = critical_curvature(optimizers)
         s = common_factor(self.curvature, now)
         if s is None:
             return replace(reading, stale=True)
-        ratio, scale = s * reading.edge_ratio, reading.edge_scale
+        ratio = s * reading.edge_ratio
+        scale = reading.edge_scale
         if s != 1.0 and scale is not None:
             scale = edge_scale_along(s**0.5 * self.mode, ratio, optimizers)
         return replace(
@@ -127,7 +129,7 @@ class Measurement:
 
 
 def common_factor(before: CriticalCurvature, now: CriticalCurvature) -> float | None:
-    """Return s with c_now = c_before / s for all coordinates, or None."""
+    """Return s with c_now = c_before / s for all coordinates; None if there is none."""
     if before.c is None or now.c is None or before.c.shape != now.c.shape or not torch.equal(before.l2, now.l2):
         return None
     if torch.equal(before.c, now.c):

@@ -14,7 +14,7 @@ _JITTER = 0.2
 
 
 class Schedule:
-    """Decides at which optimizer steps a reading is due, and keeps account of the monitor's own time.
+    """The optimizer steps at which a reading is due, and the account of the monitor's own time.
 
     With ``every_n_steps`` the cadence is exact. Without it, a reading is due when what was spent and what the next one
     is predicted to cost stay within ``max_overhead`` of the training time; the intervals are jittered by ± 20 %, since
@@ -25,6 +25,12 @@ class Schedule:
         max_overhead: Share of the training time that readings may take, in (0, 1].
         seed: Seed of the jitter.
         clock: Seconds that only go forward.
+
+    Attributes:
+        spent: Seconds of the monitor's own, start-up left out.
+        startup: Seconds of its start-up.
+        next_step: Step of the next decision.
+        predicted_cost: Seconds that the next reading is expected to take.
     """
 
     def __init__(
@@ -39,24 +45,29 @@ class Schedule:
             raise ValueError(f"Expected `every_n_steps` >= 1 or None, got {every_n_steps}.")
         if not 0.0 < max_overhead <= 1.0:
             raise ValueError(f"Expected 0 < `max_overhead` <= 1, got {max_overhead}.")
-        self.every_n_steps, self.max_overhead = every_n_steps, max_overhead
-        self.spent = 0.0  # seconds of the monitor's own, start-up left out
+        self.every_n_steps = every_n_steps
+        self.max_overhead = max_overhead
+        self.spent = 0.0
         self.startup = 0.0
+        self.next_step = 0
+        self.predicted_cost = 0.0
         self._jitter = random.Random(seed)
         self._clock = clock
         self._began: float | None = None
         self._ended: float | None = None
+        self._spent_before = 0.0  # own time before the training clock was started
         self._first_step = 0
-        self.next_step = 0
         self._decided: int | None = None
         self._readings = 0
-        self.predicted_cost = 0.0
         self._costs: deque[float] = deque(maxlen=10)
 
     def begin(self, step: int) -> None:
         """Start the training clock, at ``step``."""
-        self._began, self._first_step, self.next_step = self._clock(), step, step
-        self._spent_before, self._ended = self.spent + self.startup, None
+        self._began = self._clock()
+        self._ended = None
+        self._spent_before = self.spent + self.startup
+        self._first_step = step
+        self.next_step = step
 
     def end(self) -> None:
         """Stop the training clock."""
@@ -99,22 +110,25 @@ class Schedule:
         return self.spent + self.predicted_cost <= self.max_overhead * self.training_seconds
 
     def measured(self, step: int, seconds: float) -> None:
-        """Note that a reading before ``step`` took ``seconds``, and plan the next."""
+        """Take in that a reading before ``step`` took ``seconds``, and plan the next."""
         # The first one is cold and checks its products: a poor prediction for those that follow. Of these one in ten
         # looks further and costs two or three times the median, so that only the dearest of ten keeps the promise.
         if self._readings > 0:
             self._costs.append(seconds)
         self.predicted_cost = max(self._costs, default=seconds / 2)
-        self._readings, self._decided = self._readings + 1, step
+        self._readings += 1
+        self._decided = step
         self._plan(step)
 
     def postpone(self, step: int, steps: int) -> None:
         """Decide no sooner than ``steps`` from ``step``."""
-        self._decided, self.next_step = step, step + steps
+        self._decided = step
+        self.next_step = step + steps
 
     def _plan(self, step: int) -> None:
         """Set the step of the next decision: when the time should be there, by what a step has taken so far."""
-        steps, seconds = step - self._first_step, self.training_seconds
+        steps = step - self._first_step
+        seconds = self.training_seconds
         missing = (self.spent + self.predicted_cost) / self.max_overhead - seconds
         if steps == 0 or seconds <= 0.0:
             wait = 1.0
@@ -127,10 +141,13 @@ class Schedule:
 
 
 class _OwnTime(AbstractContextManager[None]):
-    """A class, because a generator takes twice as long, and each step enters three."""
+    """Own time of the monitor. A class, because a generator takes twice as long, and each step enters three."""
 
     def __init__(self, schedule: Schedule, clock: Callable[[], float], startup: bool) -> None:
-        self._schedule, self._clock, self._startup = schedule, clock, startup
+        self._schedule = schedule
+        self._clock = clock
+        self._startup = startup
+        self._began = 0.0
 
     def __enter__(self) -> None:
         self._began = self._clock()

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
-
-from torch import nn
-from torch.optim import Optimizer
 
 from eos_monitor.curvature.batch_sharpness import batch_sharpness, batch_sharpness_limits
 from eos_monitor.curvature.directional import directional_ratio
-from eos_monitor.curvature.hessian import SumOverRanks
-from eos_monitor.isolation.sandbox import LossFn, Sandbox
 from eos_monitor.isolation.twin import trained_parameters
 from eos_monitor.readings.reading import StabilityReading
+from eos_monitor.readings.subject import Subject
 
 
 def with_state_gauges(
-    reading: StabilityReading,
-    module: nn.Module,
-    loss_fn: LossFn,
-    batches: Sequence[Any],
-    optimizers: Sequence[Optimizer],
-    *,
-    without_threshold: bool,
-    accumulate: int | None,
-    method: str,
-    batch_size_fn: Callable[[Any], int] | None = None,
-    sandbox: Sandbox | None = None,
-    sum_over_ranks: SumOverRanks | None = None,
+    reading: StabilityReading, subject: Subject, *, without_threshold: bool, accumulate: int | None
 ) -> StabilityReading:
     """Add batch sharpness, where its line is known, and the directional ratio, where some group has no threshold.
 
@@ -38,59 +21,54 @@ def with_state_gauges(
 
     Args:
         reading: Reading to add to.
-        module: Module that was measured.
-        loss_fn: Its loss.
-        batches: The probe.
-        optimizers: The optimizers in use.
+        subject: What it was taken of.
         without_threshold: Whether some group has no threshold.
         accumulate: Batches that make one optimizer step; None if the probe's are not the batches of training.
-        method: How products are computed.
-        batch_size_fn: Samples in a batch.
-        sandbox: Sandbox to run in.
-        sum_over_ranks: Sum over the processes of a data-parallel run.
     """
-    limits = batch_sharpness_limits(optimizers)
+    limits = batch_sharpness_limits(subject.optimizers)
     if limits is not None and accumulate is not None and not reading.full_batch:
-        try:
-            found = batch_sharpness(
-                module,
-                loss_fn,
-                batches,
-                params=trained_parameters(optimizers),
-                rtol=0.0,  # the probe is what there is
-                accumulate=accumulate,
-                method=method,
-                sandbox=sandbox,
-                sum_over_ranks=sum_over_ranks,
-            )
-        except ValueError as error:  # the probe is shorter than one step's batches
-            reading = _noted(reading, f"no batch sharpness: {error}")
-        else:
-            reading = replace(
-                reading,
-                batch_sharpness=found.value,
-                batch_sharpness_error=found.error,
-                batch_sharpness_limits=limits,
-            )
-    if without_threshold:
-        try:
-            ratio = directional_ratio(
-                module,
-                loss_fn,
-                batches,
-                optimizers,
-                method="forward" if method == "fd" else "product",
-                batch_size_fn=batch_size_fn,
-                sandbox=sandbox,
-                sum_over_ranks=sum_over_ranks,
-            )
-        except ValueError as error:  # a step that needs a closure
-            reading = _noted(reading, f"no directional ratio: {error}")
-        else:
-            finite = ratio is not None and math.isfinite(ratio)
-            reading = replace(reading, directional_ratio=ratio if finite else None)
-    return reading
+        reading = _with_batch_sharpness(reading, subject, limits, accumulate)
+    return _with_directional_ratio(reading, subject) if without_threshold else reading
 
 
-def _noted(reading: StabilityReading, note: str) -> StabilityReading:
+def _with_batch_sharpness(
+    reading: StabilityReading, subject: Subject, limits: tuple[float, float], accumulate: int
+) -> StabilityReading:
+    try:
+        found = batch_sharpness(
+            subject.module,
+            subject.loss_fn,
+            subject.batches,
+            params=trained_parameters(subject.optimizers),
+            rtol=0.0,  # the probe is what there is
+            accumulate=accumulate,
+            method=reading.method,
+            sandbox=subject.sandbox,
+            sum_over_ranks=subject.sum_over_ranks,
+        )
+    except ValueError as error:  # the probe is shorter than one step's batches
+        return _with_note(reading, f"no batch sharpness: {error}")
+    return replace(
+        reading, batch_sharpness=found.value, batch_sharpness_error=found.error, batch_sharpness_limits=limits
+    )
+
+
+def _with_directional_ratio(reading: StabilityReading, subject: Subject) -> StabilityReading:
+    try:
+        ratio = directional_ratio(
+            subject.module,
+            subject.loss_fn,
+            subject.batches,
+            subject.optimizers,
+            method="forward" if reading.method == "fd" else "product",
+            batch_size_fn=subject.batch_size_fn,
+            sandbox=subject.sandbox,
+            sum_over_ranks=subject.sum_over_ranks,
+        )
+    except ValueError as error:  # a step that needs a closure
+        return _with_note(reading, f"no directional ratio: {error}")
+    return replace(reading, directional_ratio=ratio if ratio is not None and math.isfinite(ratio) else None)
+
+
+def _with_note(reading: StabilityReading, note: str) -> StabilityReading:
     return replace(reading, notes=(*reading.notes, note))

@@ -8,19 +8,19 @@ from enum import IntEnum
 from typing import Any
 
 from eos_monitor.readings.reading import StabilityReading
+from eos_monitor.verdicts.divergence import Divergence
 from eos_monitor.verdicts.edge_history import EdgeHistory
 from eos_monitor.verdicts.excursions import Excursions
-from eos_monitor.verdicts.jump_risk import JumpRisk, class_of, failures_at
+from eos_monitor.verdicts.jump_risk import JumpRisk, class_of
 from eos_monitor.verdicts.oscillation import Oscillation
+from eos_monitor.verdicts.restraint import Restraint
 
 _FAMILIES = ("sgd", "nesterov", "adam")
-_HOT = 0.9  # an edge ratio from which on an excess of the loss may be the optimizer's doing
-_HOT_BEFORE = 64  # steps
-_WATCHED = 32  # steps beyond the edge before an instability is called restrained
-_RESTRAINED_FOR = 128  # steps without its signs until RESTRAINED is left
 _LOWER_AFTER = 16  # steps of a lower verdict until a higher one is left
-_NEAR, _AT = 0.1, 0.95
-_BATCH_LINE, _BATCH_LINE_LEFT = 0.75, 0.65  # batch sharpness marks the edge to within a quarter
+_NEAR = 0.1  # distance of an edge ratio from 1
+_AT = 0.95  # an edge ratio
+_BATCH_LINE = 0.75  # batch sharpness marks the edge to within a quarter
+_BATCH_LINE_LEFT = 0.65
 _LEARN_FROM = 64  # steps without a reading until the run counts as unknown
 
 
@@ -49,7 +49,7 @@ _LEVEL = {
 
 
 class InstabilityDetector:
-    r"""Turns readings, losses and updates into one verdict a step, and an advisory beside it.
+    r"""One verdict a step from readings, losses and updates, and an advisory beside it.
 
     Edge ratios r follow the learning rate between readings. Their error σ is at least 2 % (10 % more on a minibatch
     probe of unknown spread). The first rule that applies gives the verdict:
@@ -88,6 +88,7 @@ class InstabilityDetector:
     Attributes:
         verdict: Verdict as of the last update.
         reason: It in words.
+        oscillation: The rhythm of the updates.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -107,39 +108,36 @@ class InstabilityDetector:
             raise ValueError(f"Expected `family` to be one of {', '.join(_FAMILIES)}, got {family!r}.")
         if not 0.0 <= momentum < 1.0:
             raise ValueError(f"Expected `momentum` in [0, 1), got {momentum}.")
-        self._family, self._momentum, self._full_batch = family, momentum, full_batch
-        self.verdict, self.reason = Verdict.WARMING_UP, "Nothing is known yet."
+        self.verdict = Verdict.WARMING_UP
+        self.reason = "Nothing is known yet."
+        self.oscillation = Oscillation(momentum)
+        self._family = family
+        self._momentum = momentum
+        self._full_batch = full_batch
         self._losses = Excursions(adaptive=family == "adam")
         self._edge = EdgeHistory()
         self._jump = JumpRisk()
-        self.oscillation = Oscillation(momentum)
+        self._divergence = Divergence(self._losses, momentum)
+        self._restraint = Restraint()
         self._lr: tuple[float, ...] | None = None
         self._ratio: float | None = None
         self._first_step: int | None = None
         self._readings = "none"  # or "young", "no edge", "usable"
-        self._hot_at: int | None = None
-        self._beyond_since: int | None = None
-        self._restrained_at: int | None = None  # last step with signs of it, while it lasts
         self._level_held_at = 0
-        self._blamed = False  # whether the present excess of the loss is the optimizer's
 
     @property
     def advisory(self) -> str | None:
         """``"jump-risk"`` for 64 steps from a fast rise of lr to a high r, ``"loss-excess"`` with a low r, or None."""
         if self._jump.ratio is not None:
             return "jump-risk"
-        return "loss-excess" if self._losses.out and not self._blamed else None
+        return "loss-excess" if self._losses.out and not self._divergence.blamed else None
 
     @property
     def advice(self) -> str | None:
         """The advisory in words, with the share of the benchmark's jumps of this kind that failed."""
         if self.advisory == "loss-excess":
             return "The loss is out of bounds without an edge: look at the data."
-        if self._jump.ratio is None:
-            return None
-        counts = failures_at(self._jump.ratio, self._class)
-        share = f"; of {counts[1]} such jumps in the benchmark {counts[0]} failed" if counts else ""
-        return f"The learning rate rises fast, to an edge ratio of {self._jump.ratio:.2g}{share}."
+        return self._jump.advice(self._class)
 
     @property
     def jump_ratio(self) -> float | None:
@@ -154,10 +152,7 @@ class InstabilityDetector:
     @property
     def lateness(self) -> int | None:
         """Steps from the first loss above 3 × the median to the confirmation; None unless out of bounds."""
-        losses = self._losses
-        if losses.confirmed_at is None or losses.crossed_at is None:
-            return None
-        return losses.confirmed_at - losses.crossed_at
+        return self._losses.lateness
 
     @property
     def out_since(self) -> int | None:
@@ -203,22 +198,25 @@ class InstabilityDetector:
         elif reading is not None:
             self._lr = tuple(reading.lr) or self._lr
         if reading is not None:
-            self._take(reading)
+            self._add(reading)
         self._edge.follow(self._lr)
         self._ratio = self._edge.ratio if edge_ratio is None else edge_ratio
-        if self._ratio is not None and self._ratio > self._hot:
-            self._hot_at = step
+        self._divergence.add(step, self._ratio, self._class)
         if lr is not None:
-            self._jump.take(step, self._lr[0] if self._lr else None, lr_ahead, self._ratio, self._class)
+            self._jump.add(step, self._lr[0] if self._lr else None, lr_ahead, self._ratio, self._class)
         if loss is not None:
-            self._losses.take(step, float(loss))
+            self._losses.add(step, float(loss))
         if projection is not None or random_projection is not None or relative_update is not None:
-            self.oscillation.take(projection, random_projection, relative_update)
-        self._settle(step, *self._judge(step))
+            self.oscillation.add(projection, random_projection, relative_update)
+        verdict, reason = self._judge(step)
+        self._settle(step, verdict, reason)
         return self.verdict
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain Python values."""
+        divergence = self._divergence
+        restraint = self._restraint
+        steps = [self._first_step, divergence.hot_at, restraint.beyond_since, restraint.seen_at, self._level_held_at]
         return {
             "verdict": [int(self.verdict), self.reason],
             "losses": self._losses.state_dict(),
@@ -228,34 +226,33 @@ class InstabilityDetector:
             "lr": None if self._lr is None else list(self._lr),
             "ratio": self._ratio,
             "readings": self._readings,
-            "steps": [self._first_step, self._hot_at, self._beyond_since, self._restrained_at, self._level_held_at],
-            "blamed": self._blamed,
+            "steps": steps,
+            "blamed": divergence.blamed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self.verdict, self.reason = Verdict(state["verdict"][0]), state["verdict"][1]
+        verdict, self.reason = state["verdict"]
+        self.verdict = Verdict(verdict)
         self._losses.load_state_dict(state["losses"])
         self._edge.load_state_dict(state["edge"])
         self._jump.load_state_dict(state["jump"])
         self.oscillation.load_state_dict(state["oscillation"])
         self._lr = None if state["lr"] is None else tuple(state["lr"])
-        self._ratio, self._readings, self._blamed = state["ratio"], state["readings"], state["blamed"]
-        self._first_step, self._hot_at, self._beyond_since, self._restrained_at, self._level_held_at = state["steps"]
+        self._ratio = state["ratio"]
+        self._readings = state["readings"]
+        self._first_step, hot_at, beyond_since, seen_at, self._level_held_at = state["steps"]
+        self._divergence.hot_at = hot_at
+        self._divergence.blamed = state["blamed"]
+        self._restraint.beyond_since = beyond_since
+        self._restraint.seen_at = seen_at
 
     @property
     def _class(self) -> str:
         full = self._edge.full_batch if self._edge.entries else self._full_batch
         return class_of(self._family, self._momentum, full)
 
-    @property
-    def _hot(self) -> float:
-        """With minibatches, momentum fails from its small-batch line on, at r = (1 − β) / (1 + β)."""
-        if self._class == "momentum, minibatches":
-            return _HOT * (1 - self._momentum) / (1 + self._momentum)
-        return _HOT
-
-    def _take(self, reading: StabilityReading) -> None:
+    def _add(self, reading: StabilityReading) -> None:
         if not reading.ready:
             self._readings = "young"
             self._edge.clear()
@@ -264,11 +261,11 @@ class InstabilityDetector:
             self._edge.clear()
         elif not reading.stale and reading.converged:
             self._readings = "usable"
-            self._edge.take(reading)
+            self._edge.add(reading)
 
     def _judge(self, step: int) -> tuple[Verdict, str]:
         """Return the verdict that the present rules give, without the memory of the last one."""
-        lost = self._lost()
+        lost = self._divergence.judge(self._ratio)
         if lost is not None:
             return Verdict.DIVERGING, lost
         if self._readings == "young":
@@ -277,31 +274,16 @@ class InstabilityDetector:
             return self._judge_updates(step)
         if self.oscillation.still:
             return Verdict.STABLE, "Nothing moves any more."
-        restrained = self._restrained(step)
+        restrained = self._restraint.judge(step, self._edge, self.oscillation)
         if restrained is not None:
             return Verdict.RESTRAINED, restrained
         return self._judge_ratios()
 
-    def _lost(self) -> str | None:
-        losses = self._losses
-        if losses.crossed_at is None or not losses.out:
-            self._blamed = False
-            return None
-        hot = self._hot_at is not None and self._hot_at >= losses.crossed_at - _HOT_BEFORE
-        self._blamed = self._blamed or losses.not_finite_at is not None or hot or self._ratio is None
-        if not self._blamed:
-            return None
-        if losses.not_finite_at is not None:
-            return f"The loss is not finite, as of step {losses.not_finite_at}."
-        return (
-            f"The loss has been above 3 times its median since step {losses.crossed_at}; this was confirmed "
-            f"{self.lateness} steps later."
-        )
-
     def _judge_updates(self, step: int) -> tuple[Verdict, str]:
         if self.oscillation.period is not None:
             return Verdict.RESTRAINED, f"The updates repeat with period {self.oscillation.period}."
-        flips, ratio = self.oscillation.flips, self.oscillation.edge_ratio
+        flips = self.oscillation.flips
+        ratio = self.oscillation.edge_ratio
         if flips is not None and ratio is not None and flips > 0.5 and ratio >= _AT:
             return Verdict.EDGE, f"The updates flip as they do at an edge ratio of {ratio:.2g}; no reading says so."
         if self._readings == "no edge":
@@ -311,29 +293,9 @@ class InstabilityDetector:
             return Verdict.WARMING_UP, "There is no reading yet."
         return Verdict.UNKNOWN, "There is no reading, and updates alone never prove a run stable."
 
-    def _restrained(self, step: int) -> str | None:
-        """Return why the run counts as restrained; None if it does not."""
-        beyond, rises = self._edge.beyond, self._edge.rises
-        if beyond[-1]:
-            self._beyond_since = step if self._beyond_since is None else self._beyond_since
-        period = self.oscillation.period
-        watched = self._beyond_since is not None and step - self._beyond_since >= _WATCHED
-        if period is not None or (watched and (sum(beyond[-4:]) >= 2 or rises >= 2) and self.oscillation.moving):
-            self._restrained_at = step
-        elif self._restrained_at is not None:
-            # Its signs need not all be there all the time.
-            if any(beyond[-8:]) or rises:
-                self._restrained_at = max(self._restrained_at, self._edge.entries[-1].step)
-            if step - self._restrained_at >= _RESTRAINED_FOR:
-                self._restrained_at = self._beyond_since = None
-        if self._restrained_at is None:
-            return None
-        if period is not None:
-            return f"The updates repeat with period {period}."
-        return "The edge ratio is or was above 1, and the nonlinearity of the loss holds the instability back."
-
     def _judge_ratios(self) -> tuple[Verdict, str]:
-        edge, last = self._edge, self._edge.entries[-1]
+        edge = self._edge
+        last = edge.entries[-1]
         if self._ratio is None:
             return Verdict.UNKNOWN, "The settings changed in a way that the last edge ratio cannot be followed through."
         r = self._ratio
@@ -397,4 +359,6 @@ class InstabilityDetector:
             or self.oscillation.still
             or not 0 <= step - self._level_held_at < _LOWER_AFTER
         ):
-            self.verdict, self.reason, self._level_held_at = verdict, reason, step
+            self.verdict = verdict
+            self.reason = reason
+            self._level_held_at = step

@@ -13,7 +13,8 @@ from eos_monitor.readings.reading import StabilityReading
 _KEPT = 16
 _CLEARLY = 0.02  # a relative error below which two readings of a run are not told apart
 _PROBE_ERROR = 0.1  # relative, of a sample whose spread is not known
-_TREND, _TREND_NEEDS = 8, 6
+_TREND = 8  # readings
+_TREND_NEEDS = 6
 _STEEP = 1e-4  # e-folds of curvature per step
 
 
@@ -40,10 +41,10 @@ class Entry(NamedTuple):
 
 
 class EdgeHistory:
-    """Keeps the last 16 usable readings.
+    """The last 16 usable readings.
 
     Attributes:
-        entries: They, oldest first.
+        entries: The readings, oldest first.
         full_batch: Whether the last one was on all the data of a step.
         beyond: Which of them were clearly above 1, and would be at the present learning rate.
         rises: Crossings of 1 from below, of readings that would be above 1 at the present learning rate.
@@ -61,10 +62,11 @@ class EdgeHistory:
         self._lr: tuple[float, ...] | None = None
         self._factor: float | None = None
 
-    def take(self, reading: StabilityReading) -> None:
+    def add(self, reading: StabilityReading) -> None:
         """Keep a reading that has an edge ratio."""
         assert reading.edge_ratio is not None
-        r, error = reading.edge_ratio, max(reading.error or 0.0, _CLEARLY * abs(reading.edge_ratio))
+        r = reading.edge_ratio
+        error = max(reading.error or 0.0, _CLEARLY * abs(r))
         if not reading.full_batch and reading.sampling_error is None:
             error = math.hypot(error, _PROBE_ERROR * r)
         rose = not self._above and r - error > 1.0
@@ -78,8 +80,12 @@ class EdgeHistory:
 
     def clear(self) -> None:
         """Forget all readings."""
-        self.entries, self.beyond, self.rises, self.growth = [], [], 0, None
-        self._above, self._factor = False, None
+        self.entries = []
+        self.beyond = []
+        self.rises = 0
+        self.growth = None
+        self._above = False
+        self._factor = None
 
     def follow(self, lr: tuple[float, ...] | None) -> None:
         """Carry the readings to the learning rates of the present step.
@@ -124,7 +130,9 @@ class EdgeHistory:
             Entry(step, r, error, tuple(lr), rose, batch, batch_error)
             for step, r, error, lr, rose, batch, batch_error in state["entries"]
         ]
-        self.full_batch, self.growth, self._above = state["full_batch"], state["growth"], state["above"]
+        self.full_batch = state["full_batch"]
+        self.growth = state["growth"]
+        self._above = state["above"]
         self.beyond = []
 
 
@@ -146,7 +154,9 @@ def _cut(now: Sequence[float] | None, then: Sequence[float]) -> float:
 
 
 def _share_of_line(reading: StabilityReading) -> tuple[float | None, float]:
-    sharpness, error, limits = reading.batch_sharpness, reading.batch_sharpness_error, reading.batch_sharpness_limits
+    sharpness = reading.batch_sharpness
+    error = reading.batch_sharpness_error
+    limits = reading.batch_sharpness_limits
     if sharpness is None or error is None or limits is None or not limits[0] > 0.0:
         return None, 0.0
     return sharpness / limits[0], error / limits[0]

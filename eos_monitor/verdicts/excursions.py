@@ -9,14 +9,18 @@ from typing import Any
 
 _WINDOW = 256
 _FIRST = 5
-_ABOVE, _ABOVE_IN_A_ROW = 3.0, 24
-_FAR, _FAR_ABOVE_START, _FAR_IN_A_ROW = 10.0, 100.0, 3
+_ABOVE = 3.0  # × the median
+_ABOVE_IN_A_ROW = 24
+_FAR = 10.0  # × the median
+_FAR_ABOVE_START = 100.0
+_FAR_IN_A_ROW = 3
 _LOST_ABOVE_START = 1e4  # no bounded run of 811 without a second moment went above 200
-_BACK, _BACK_IN_A_ROW = 1.5, 128
+_BACK = 1.5  # × the median
+_BACK_IN_A_ROW = 128
 
 
 class Excursions:
-    """Confirms that the loss is out of bounds.
+    """Whether the loss is out of bounds.
 
     With med the median of the 256 losses before, and start the median of the first five: out once the loss is not
     finite, or above 3 med and start for 24 losses in a row, or (unless ``adaptive``) above 10 med and 100 start for 3
@@ -39,7 +43,9 @@ class Excursions:
         self._losses: list[float] = []
         self._sorted: list[float] = []
         self._start: list[float] = []
-        self._above = self._far = self._back = 0
+        self._above = 0
+        self._far = 0
+        self._back = 0
         self.out = False
         self.not_finite_at: int | None = None
         self.crossed_at: int | None = None
@@ -48,12 +54,20 @@ class Excursions:
     @property
     def level(self) -> float | None:
         """Median of the last losses; None before the first."""
-        values, middle = self._sorted, len(self._sorted) // 2
+        values = self._sorted
+        middle = len(values) // 2
         if not values:
             return None
         return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
 
-    def take(self, step: int, loss: float) -> None:
+    @property
+    def lateness(self) -> int | None:
+        """Steps from the first loss above 3 med to the confirmation; None unless out of bounds."""
+        if self.confirmed_at is None or self.crossed_at is None:
+            return None
+        return self.confirmed_at - self.crossed_at
+
+    def add(self, step: int, loss: float) -> None:
         """Take in the loss of a step."""
         if not math.isfinite(loss):
             self._back = 0
@@ -77,7 +91,9 @@ class Excursions:
         self._back = self._back + 1 if level is None or loss < _BACK * level else 0
         if self.out and self._back >= _BACK_IN_A_ROW:
             self.out = False
-            self.not_finite_at = self.crossed_at = self.confirmed_at = None
+            self.not_finite_at = None
+            self.crossed_at = None
+            self.confirmed_at = None
         self._remember(loss)
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,7 +107,8 @@ class Excursions:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self._losses, self._start = list(state["losses"]), list(state["start"])
+        self._losses = list(state["losses"])
+        self._start = list(state["start"])
         self._sorted = sorted(self._losses)
         self._above, self._far, self._back = state["counts"]
         self.out, self.not_finite_at, self.crossed_at, self.confirmed_at = state["out"]

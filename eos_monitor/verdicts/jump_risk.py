@@ -47,7 +47,7 @@ def cut_of(kind: str) -> float:
 
 
 class JumpRisk:
-    """Watches for a rise of the learning rate by 1.4 or more within five steps, to a high edge ratio.
+    """A rise of the learning rate by 1.4 or more within five steps, to a high edge ratio.
 
     Attributes:
         ratio: Edge ratio r0 at the highest learning rate of the present event; None outside of one.
@@ -59,7 +59,7 @@ class JumpRisk:
         self.ratio: float | None = None
         self.at: int | None = None
 
-    def take(self, step: int, lr: float | None, lr_ahead: float | None, ratio: float | None, kind: str) -> None:
+    def add(self, step: int, lr: float | None, lr_ahead: float | None, ratio: float | None, kind: str) -> None:
         """Take in the learning rate of a step before it is taken.
 
         Args:
@@ -70,7 +70,8 @@ class JumpRisk:
             kind: Class of the optimizer, see :func:`class_of`.
         """
         if self.at is not None and not 0 <= step - self.at <= _LASTS:
-            self.ratio = self.at = None
+            self.ratio = None
+            self.at = None
         if lr is None or not 0.0 < lr < math.inf:
             return
         self._recent = [entry for entry in self._recent if 0 < step - entry[0] <= _SPAN]
@@ -84,6 +85,14 @@ class JumpRisk:
             self.at = step if self.at is None else self.at
             self.ratio = reached
 
+    def advice(self, kind: str) -> str | None:
+        """Return the risk in words, with how many of the benchmark's jumps of this class failed; None without one."""
+        if self.ratio is None:
+            return None
+        counts = _failures_at(self.ratio, kind)
+        share = f"; of {counts[1]} such jumps in the benchmark {counts[0]} failed" if counts else ""
+        return f"The learning rate rises fast, to an edge ratio of {self.ratio:.2g}{share}."
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain Python values."""
         return {"recent": [list(entry) for entry in self._recent], "ratio": self.ratio, "at": self.at}
@@ -91,10 +100,11 @@ class JumpRisk:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._recent = [list(entry) for entry in state["recent"]]
-        self.ratio, self.at = state["ratio"], state["at"]
+        self.ratio = state["ratio"]
+        self.at = state["at"]
 
 
-def failures_at(ratio: float, kind: str) -> tuple[int, int] | None:
+def _failures_at(ratio: float, kind: str) -> tuple[int, int] | None:
     """Return how many of the suite's jumps of this class to about this edge ratio failed, and how many there were."""
     counts: Sequence[tuple[int, int]] = _FAILED.get(kind, ())
     place = sum(ratio > bound for bound in _BOUNDS)

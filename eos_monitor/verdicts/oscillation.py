@@ -8,7 +8,8 @@ from operator import mul
 from typing import Any
 
 _WINDOW = 64
-_RECENT, _LONG = 32, 128
+_RECENT = 32
+_LONG = 128
 _LAGS = (2, 3, 4, 5, 6, 8)
 _LOCKED = 0.98
 _FLIPPING = 0.2  # share of sign changes below which a slow drift, not a cycle, correlates with itself
@@ -18,7 +19,7 @@ _STILL = 1e-9
 
 
 class Oscillation:
-    """Follows the sizes and projections of the last updates.
+    """The sizes and projections of the last updates.
 
     Args:
         momentum: β of the optimizer (β1 of Adam).
@@ -36,7 +37,7 @@ class Oscillation:
         self._seen = 0
         self.period: int | None = None
 
-    def take(self, projection: float | None, random_projection: float | None, relative_update: float | None) -> None:
+    def add(self, projection: float | None, random_projection: float | None, relative_update: float | None) -> None:
         """Take in what is known of one update. What is not finite is passed over."""
         for series, value, length in (
             (self._along, projection, _WINDOW),
@@ -71,7 +72,8 @@ class Oscillation:
     def amplification(self) -> float | None:
         """Growth of the projections' amplitude over the last 32 updates, in e-folds per update; None before 32."""
         series = self._along or self._at_random
-        old, new = (sum(x * x for x in part) for part in (series[-_RECENT : -_RECENT // 2], series[-_RECENT // 2 :]))
+        old = sum(x * x for x in series[-_RECENT : -_RECENT // 2])
+        new = sum(x * x for x in series[-_RECENT // 2 :])
         if len(series) < _RECENT or not 0.0 < old < math.inf or not 0.0 < new < math.inf:
             return None
         return math.log(new / old) / _RECENT
@@ -111,7 +113,8 @@ class Oscillation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._along, self._at_random, self._sizes = (list(series) for series in state["series"])
-        self._seen, self.period = state["seen"], state["period"]
+        self._seen = state["seen"]
+        self.period = state["period"]
 
 
 def _flips(series: Sequence[float]) -> float:
@@ -119,8 +122,9 @@ def _flips(series: Sequence[float]) -> float:
 
 
 def _autocorrelation(series: Sequence[float], lag: int) -> float | None:
-    """About zero: updates that oscillate have no mean, and those that drift shall correlate."""
-    early, late = series[:-lag], series[lag:]
+    """Correlate about zero: updates that oscillate have no mean, and those that drift shall correlate."""
+    early = series[:-lag]
+    late = series[lag:]
     scale = math.sqrt(sum(map(mul, early, early)) * sum(map(mul, late, late)))
     return sum(map(mul, early, late)) / scale if 0.0 < scale < math.inf else None
 

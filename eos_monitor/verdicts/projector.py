@@ -19,7 +19,7 @@ class Movement(NamedTuple):
 
     Attributes:
         relative_update: ‖Δθ‖ / ‖θ‖.
-        projection: ⟨w, Δθ⟩ for the vector aimed at; None without one.
+        projection: ⟨w, Δθ⟩ for the vector that is projected on; None without one.
         random_projection: ⟨z, Δθ⟩ for a fixed random z.
     """
 
@@ -29,7 +29,7 @@ class Movement(NamedTuple):
 
 
 class UpdateProjector:
-    """Measures each update at the price of one copy of the parameters and six passes over them.
+    """Each update in numbers, at the price of one copy of the parameters and six passes over them.
 
     z has up to 256 Gaussian entries in each part of 2¹⁷ coordinates and is zero elsewhere: it is there to notice a
     rhythm, which a direction through all parts does.
@@ -40,11 +40,15 @@ class UpdateProjector:
     """
 
     def __init__(self, params: Sequence[Tensor], seed: int = 0) -> None:
-        self._params, self._seed = list(params), seed
+        self._params = list(params)
+        self._seed = seed
         self._w: Tensor | None = None
-        self._look()
+        self._chunks: list[_Chunk] = []
+        self._places: list[int] = []  # addresses of the parameters that the chunks are views of
+        self._begun = False  # whether the place before the present update is known
+        self._view()
 
-    def aim(self, w: Tensor | None) -> None:
+    def project_on(self, w: Tensor | None) -> None:
         """Project on ``w``, ``(n,)``, from now on."""
         self._w = w
         sizes = [chunk.size for chunk in self._chunks]
@@ -53,33 +57,34 @@ class UpdateProjector:
             chunk.w = part
 
     def before(self) -> None:
-        """Note where the parameters are, before an update."""
-        if self._places != _places(self._params):  # `.data` was set: the views are of what it was
-            self._look()
-            self.aim(self._w)
+        """Copy the parameters, before an update."""
+        if self._places != _addresses(self._params):  # `.data` was set: the views are of what it was
+            self._view()
+            self.project_on(self._w)
         for chunk in self._chunks:
-            chunk.note()
-        self._noted = True
+            chunk.copy()
+        self._begun = True
 
     def after(self) -> Tensor | None:
         """Return ``(‖Δθ‖², ‖θ‖², ⟨w, Δθ⟩ or NaN, ⟨z, Δθ⟩)`` on the parameters' device, after the update.
 
         On the device, because reading a number from an accelerator waits for it; :func:`movement` reads them. None if
-        the place before was not noted.
+        they were not copied before.
         """
-        noted, self._noted = self._noted, False
-        if not noted or self._places != _places(self._params):
+        begun = self._begun
+        self._begun = False
+        if not begun or self._places != _addresses(self._params):
             return None
-        values = torch.stack([value for chunk in self._chunks for value in chunk.moved()]).double()
+        values = torch.stack([value for chunk in self._chunks for value in chunk.compare()]).double()
         return values if len(self._chunks) == 1 else values.view(-1, 4).sum(0)
 
-    def _look(self) -> None:
+    def _view(self) -> None:
         generator = torch.Generator().manual_seed(self._seed)
         self._chunks = [_Chunk(views, generator) for views in _chunked(self._params)]
-        self._places, self._noted = _places(self._params), False
+        self._places = _addresses(self._params)
 
 
-def _places(params: Sequence[Tensor]) -> list[int]:
+def _addresses(params: Sequence[Tensor]) -> list[int]:
     return [p.data_ptr() for p in params]
 
 
@@ -91,24 +96,27 @@ class _Chunk:
         self._flat = all(view.dim() == 1 for view in views)
         self.size = sum(view.numel() for view in views)
         self.w: Tensor | None = None
-        device, self._dtype = views[0].device, torch.promote_types(views[0].dtype, torch.float32)
+        device = views[0].device
+        self._dtype = torch.promote_types(views[0].dtype, torch.float32)
         count = min(self.size, _SAMPLED)
-        picked = torch.randperm(self.size, generator=generator)[:count]
-        self._picked, self._z = picked.to(device), torch.randn(count, generator=generator).to(device, self._dtype)
+        self._picked = torch.randperm(self.size, generator=generator)[:count].to(device)
+        self._z = torch.randn(count, generator=generator).to(device, self._dtype)
         self._unknown = self._z.new_tensor(torch.nan)
         self._before: Tensor | None = None
 
-    def note(self) -> None:
+    def copy(self) -> None:
+        """Keep the present values."""
         if self._before is None:
             self._before = torch.empty(self.size, dtype=self._views[0].dtype, device=self._views[0].device)
         torch.cat(self._pieces(), out=self._before)
 
-    def moved(self) -> tuple[Tensor, ...]:
+    def compare(self) -> tuple[Tensor, ...]:
+        """Return ``(‖Δθ‖², ‖θ‖², ⟨w, Δθ⟩ or NaN, ⟨z, Δθ⟩)`` since the copy, which it uses up."""
         assert self._before is not None
         pieces = self._pieces()
         now = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         if now.dtype == self._dtype:
-            update = torch.sub(now, self._before, out=self._before)  # it will be noted anew
+            update = torch.sub(now, self._before, out=self._before)
         else:
             now = now.to(self._dtype)
             update = now - self._before
@@ -139,7 +147,7 @@ def _chunked(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def movement(values: Sequence[float]) -> Movement:
-    """Return the numbers of :meth:`Motion.after`, read from the device, as what they mean."""
+    """Return the numbers of :meth:`UpdateProjector.after`, read from the device, as what they mean."""
     update2, size2, along, at_random = values
     relative = math.sqrt(update2 / size2) if size2 > 0.0 else math.sqrt(update2)
     return Movement(relative, None if math.isnan(along) else along, at_random)

@@ -102,7 +102,7 @@ class StepBuffer:
         if len(params) != len(self._params) or any(a is not b for a, b in zip(params, self._params, strict=True)):
             self._params = list(params)  # some were frozen or thawed
             self._projector = UpdateProjector(params, self._seed)
-        self._timed(lambda projector: projector.aim(w))
+        self._timed(lambda projector: projector.project_on(w))
 
     def begin(self, step: int, settings: Callable[[], Mapping[str, Any]]) -> None:
         """Say that the update of ``step`` comes next; once a step, further calls do nothing.

@@ -120,7 +120,7 @@ def _updates() -> Table:
         params = [p.detach() for p in build().parameters()]
         copies, n = [torch.empty_like(p) for p in params], sum(p.numel() for p in params)
         motion = UpdateProjector(params)
-        motion.aim(torch.randn(n))
+        motion.project_on(torch.randn(n))
 
         def follow(motion: UpdateProjector = motion) -> None:
             motion.before()

@@ -31,7 +31,7 @@ def test_norm_and_projection(dtype: torch.dtype, rtol: float) -> None:
     params = params_of((7, 3), (5,), dtype=dtype)
     motion = UpdateProjector(params)
     w = torch.randn(26, generator=torch.Generator().manual_seed(3))
-    motion.aim(w)
+    motion.project_on(w)
     motion.before()
     update = moved(params, 0.5, seed=2)
     found = movement(motion.after().tolist())
@@ -60,7 +60,7 @@ def test_random_projection_is_linear_fixed_and_touches_every_parameter() -> None
     assert both == pytest.approx(-2 * values[0] + values[1], rel=1e-4)
 
 
-def test_without_an_aim_or_a_start_there_is_nothing() -> None:
+def test_without_a_vector_or_a_start_there_is_nothing() -> None:
     params = params_of((4,))
     motion = UpdateProjector(params)
     assert motion.after() is None
@@ -106,7 +106,7 @@ def test_complex_parameters_count_by_their_parts() -> None:
 def test_other_memory_layouts_are_read_in_the_order_of_all_vectors() -> None:
     p = nn.Parameter(torch.zeros(2, 3, 2, 2).to(memory_format=torch.channels_last))
     motion = UpdateProjector([p])
-    motion.aim(torch.arange(24.0))
+    motion.project_on(torch.arange(24.0))
     motion.before()
     with torch.no_grad():
         p[0, 1, 0, 0] = 2.0  # entry 4 of the flat vector

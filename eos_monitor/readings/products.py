@@ -1,0 +1,46 @@
+"""Whether the products with the Hessian can be relied on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eos_monitor.curvature.hessian import HessianOperator
+
+
+@dataclass(frozen=True)
+class CheckedProducts:
+    """What the check of a run's products found.
+
+    Attributes:
+        wrong: Whether no edge may be reported from them.
+        note: What a reader should know of it; None for nothing.
+    """
+
+    wrong: bool
+    note: str | None = None
+
+
+def check_products(operator: HessianOperator, v: Tensor) -> CheckedProducts:
+    """Compare the product with ``v``, ``(n,)``, with finite differences."""
+    check = operator.check(v)
+    if not check.passed:
+        return CheckedProducts(
+            True,
+            f"Hessian-vector products by {operator.method} differ from finite differences by "
+            f"{check.mismatch:.1%}: something in this module cannot be differentiated twice (weight_norm, "
+            "once_differentiable and custom backwards are known to). No edge is reported."
+            + (" method='fd' does without second derivatives." if operator.method != "fd" else ""),
+        )
+    if operator.method == "fd" and check.mismatch > 1e-2:
+        return CheckedProducts(
+            False, f"finite differences are inexact here, by {check.mismatch:.1%} (kinks, or rounding)"
+        )
+    if check.dtype != torch.float64:
+        return CheckedProducts(
+            False,
+            f"products checked in float32 only (mismatch {check.mismatch:.1%}), because the loss refuses float64",
+        )
+    return CheckedProducts(False)
