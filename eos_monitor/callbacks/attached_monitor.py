@@ -49,7 +49,7 @@ class AttachedMonitor(Callback, Observer):
         """Start afresh for a new fit: no failure so far."""
         self.guard = Guard()
         self.guard.alone = fit.engine.guard.alone
-        self._outputs = RunOutputs(fit.trainer, self.name, (), self.guard, Throttle())
+        self._outputs = RunOutputs(fit.trainer, fit.outputs.shared_folder, self.name, (), self.guard, Throttle())
         self._run_id = uuid.uuid4().hex[:12]
 
     def turn_off(self, why: str) -> None:

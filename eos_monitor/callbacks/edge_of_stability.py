@@ -13,8 +13,9 @@ from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.callbacks._compat import Callback
 from eos_monitor.callbacks.losses import MeasuredLoss, resolve_loss
 from eos_monitor.callbacks.monitor_settings import MonitorSettings
-from eos_monitor.callbacks.monitored_fit import MonitoredFit
-from eos_monitor.callbacks.observer import Observer
+from eos_monitor.callbacks.monitored_fit import WATCHING, MonitoredFit
+from eos_monitor.callbacks.observer import Observer, Observers
+from eos_monitor.callbacks.outputs import log_folder
 from eos_monitor.callbacks.strategy import ranks_of, unsupported
 from eos_monitor.monitor.engine import Engine
 from eos_monitor.readings.guard import MEASURING
@@ -224,13 +225,16 @@ class EdgeOfStabilityMonitor(Callback):
             return
         # Of this fit: the monitor may have been in another Trainer with others.
         self.observers = [observer for observer in self.observers if observer in trainer.callbacks]
+        # Here, because all processes have to come by: nothing below may be waited for by another one.
         ranks = ranks_of(trainer)
+        folder = log_folder(trainer)
         self._engine.share(ranks)
 
-        def begin() -> MonitoredFit:
-            return MonitoredFit(
+        try:
+            self._fit = MonitoredFit(
                 trainer,
                 pl_module,
+                folder=folder,
                 loss=loss,
                 settings=self._settings,
                 engine=self._engine,
@@ -238,10 +242,11 @@ class EdgeOfStabilityMonitor(Callback):
                 observers=self.observers,
                 owner=self,
             )
-
-        self._fit = self._engine.guard.run("watching this fit", begin)
-        if self._fit is None:
+        except Exception as error:
             ranks.leave()
+            self._engine.guard.turn_off(WATCHING, f"{type(error).__name__}: {error}")
+            # Some may have begun.
+            Observers(self.observers).each(lambda observer: observer.finish(trainer.global_step))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measure, if this micro-batch opens an optimizer step at which a reading is due."""

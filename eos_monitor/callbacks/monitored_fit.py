@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -32,7 +33,7 @@ from eos_monitor.readings.reading import Measurement, StabilityReading
 from eos_monitor.verdicts.change import Change
 from eos_monitor.verdicts.steps import StepBuffer
 
-_WATCHING = "watching this fit"
+WATCHING = "watching this fit"
 _CARRYING = "carrying a reading to the settings of its step"
 _BUFFERED = 16  # steps that are judged together where the budget sets the cadence
 _LOSS_POINTS = 4000  # kept for the figure; thinned out beyond
@@ -89,6 +90,7 @@ class MonitoredFit:
     Args:
         trainer: The Trainer.
         pl_module: Its module.
+        folder: Its log folder.
         loss: The loss that is measured.
         settings: What the monitor was told.
         engine: Takes the readings.
@@ -106,6 +108,7 @@ class MonitoredFit:
         trainer: Any,
         pl_module: Any,
         *,
+        folder: Path | None,
         loss: MeasuredLoss,
         settings: MonitorSettings,
         engine: Engine,
@@ -128,7 +131,7 @@ class MonitoredFit:
         self._ending = False  # no row can be logged by the module any more
         self._title = describe_optimizers(trainer.optimizers)
         self._outputs = RunOutputs(
-            trainer, settings.name, settings.alerts, engine.guard, throttle, silent=settings.silent
+            trainer, folder, settings.name, settings.alerts, engine.guard, throttle, silent=settings.silent
         )
         self._outputs.layout()
         engine.changed = self._announce
@@ -228,8 +231,8 @@ class MonitoredFit:
         self.active = False  # first of all: what follows can fail too
         if not isinstance(error, ProcessLeftError):
             ranks.leave()
-        self.engine.guard.turn_off(_WATCHING, f"{type(error).__name__}: {error}")
-        self.engine.guard.run(_WATCHING + " to its end", lambda: self._finish(_step(self._trainer)))
+        self.engine.guard.turn_off(WATCHING, f"{type(error).__name__}: {error}")
+        self.engine.guard.run(WATCHING + " to its end", lambda: self._finish(_step(self._trainer)))
 
     # ------------------------------------------------------------------ readings
 

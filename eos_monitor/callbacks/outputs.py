@@ -24,6 +24,7 @@ class RunOutputs:
 
     Args:
         trainer: The Trainer, of either package.
+        folder: Its log folder, on every process; None for no files.
         name: First part of the log keys.
         alerts: Names of sinks, or functions of an alert.
         guard: Keeps an output that fails from ending the run.
@@ -34,6 +35,7 @@ class RunOutputs:
     def __init__(
         self,
         trainer: Any,
+        folder: Path | None,
         name: str,
         alerts: Sequence[str | Sink],
         guard: Guard,
@@ -47,10 +49,8 @@ class RunOutputs:
         self.silent = silent
         self._speaks = trainer.is_global_zero and not silent
         self._log = lightning_logger(trainer)
-        # All ranks have to ask: log_dir broadcasts.
-        folder = trainer.log_dir or trainer.default_root_dir
-        self.shared_folder = None if trainer.fast_dev_run else Path(folder)  # on every rank
-        self.folder = self.shared_folder if self._speaks else None
+        self.shared_folder = folder
+        self.folder = folder if self._speaks else None
         self._sinks = sinks_of(alerts, self._log, self.folder, self._experiments("alert")) if self._speaks else []
         self.throttle = throttle
 
@@ -170,6 +170,12 @@ class RunOutputs:
 
     def _attempt(self, topic: str, action: Callable[..., Any], *args: Any) -> Any:
         return self._guard.run(f"an output ({topic})", lambda: action(*args), gives_up=False)
+
+
+def log_folder(trainer: Any) -> Path | None:
+    """Return the log folder of a Trainer, None for a fast_dev_run; to be asked on every process, for it broadcasts."""
+    folder = trainer.log_dir or trainer.default_root_dir
+    return None if trainer.fast_dev_run else Path(folder)
 
 
 def lightning_logger(trainer: Any) -> logging.Logger:

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from eos_monitor import EdgeOfStabilityMonitor, Probe
+from eos_monitor.callbacks.monitored_fit import MonitoredFit
+from eos_monitor.callbacks.trainer_gauge import TrainerGauge
 from tests.callbacks.runs import CLASSES, FEATURES, everything, make_logger
 
 Rows = type(make_logger(pl))
@@ -45,7 +47,7 @@ class FaultyLoss:
 
     def __call__(self, module: Any, batch: Any) -> torch.Tensor:
         self.calls += 1
-        if module.global_rank == 1 and self.fault != "none":
+        if module.global_rank == 1 and self.fault.startswith("late"):
             if self.calls % 10 == 0:
                 time.sleep(0.2)
             if self.calls % 83 == 0 and self.fault == "late-and-raises":
@@ -74,6 +76,7 @@ class Write(pl.Callback):
             ]
             # A reading before step n measures what step n − 1 left.
             result["weights at the readings"] = [self.weights[r.step - 1] for r in self.monitor.readings]
+            result["off"] = self.monitor.off
             result["verdict"] = [(step, int(verdict)) for step, verdict in self.monitor._engine.verdicts]
         torch.save(result, self.folder / f"rank{trainer.global_rank}.pt")
 
@@ -94,6 +97,30 @@ def fail_at_the_end(monitor: EdgeOfStabilityMonitor, trainer: pl.Trainer) -> Non
     gauge.measure = measure_and_fail  # type: ignore[method-assign]
 
 
+HOOKS = {
+    "begin": (MonitoredFit, "__init__"),
+    "batch": (TrainerGauge, "collect"),
+    "update": (MonitoredFit, "_begin_update"),
+    "loss": (MonitoredFit, "_add_loss"),
+    "write": (MonitoredFit, "_write"),
+}
+
+
+def fail_in_a_hook(place: str, trainer: pl.Trainer) -> None:
+    """Let something that no reading contains fail on rank 1, from the fifth time on (the beginning at once)."""
+    cls, name = HOOKS[place]
+    real, calls = getattr(cls, name), 0
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if trainer.global_rank == 1 and (calls >= 5 or place == "begin"):
+            raise ArithmeticError("rank 1 on purpose")
+        return real(*args, **kwargs)
+
+    setattr(cls, name, fails)
+
+
 def main(strategy: str, with_monitor: bool, fault: str, samples: int, folder: Path) -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
@@ -105,9 +132,11 @@ def main(strategy: str, with_monitor: bool, fault: str, samples: int, folder: Pa
     )
     monitor = None
     if with_monitor:
-        cadence = None if fault == "late" else 1  # by the clock, which is another one on each rank
+        cadence = (
+            None if fault == "late" or fault.endswith("clock") else 1
+        )  # by the clock, which is another one on each rank
         monitor = EdgeOfStabilityMonitor(
-            every_n_steps=cadence, max_overhead=1.0, probe=Probe(samples=32), loss_fn=FaultyLoss(fault), alerts=()
+            every_n_steps=cadence, max_overhead=1.0, loss_fn=FaultyLoss(fault), probe=Probe(samples=32), alerts=()
         )
     trainer = pl.Trainer(
         max_epochs=6,
@@ -122,6 +151,8 @@ def main(strategy: str, with_monitor: bool, fault: str, samples: int, folder: Pa
         enable_model_summary=False,
         default_root_dir=folder,
     )
+    if monitor is not None and fault.startswith("hook-"):
+        fail_in_a_hook(fault.split("-")[1], trainer)
     if monitor is not None and fault == "fails-at-the-end":
         fail_at_the_end(monitor, trainer)
     trainer.fit(Net(), torch.utils.data.DataLoader(data, batch_size=8, shuffle=True))
