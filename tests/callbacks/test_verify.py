@@ -21,7 +21,7 @@ from torchmetrics import MeanMetric
 import eos_monitor.callbacks.monitored_fit as callback
 from eos_monitor import EdgeOfStabilityMonitor
 from eos_monitor.callbacks.verification import Verification
-from eos_monitor.curvature import fingerprint as fingerprints
+from eos_monitor.isolation import fingerprint as fingerprints
 from eos_monitor.isolation.digests import WordSum
 from eos_monitor.isolation.fingerprint import Fingerprint, fingerprint
 from eos_monitor.monitor.engine import Engine, Ranks
