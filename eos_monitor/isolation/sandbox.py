@@ -57,7 +57,9 @@ class Sandbox:
                 f"Expected eager sub-modules, got TorchScript in {scripted[0] or 'the root'!r}, whose parameters "
                 "cannot be swapped. Pass the module from before scripting."
             )
-        self._module, self._overrides, self._seed = module, overrides, seed
+        self._module = module
+        self._overrides = overrides
+        self._seed = seed
         self._originals: list[tuple[nn.Module, dict[str, Any]]] = []
         self._parameters: list[Tensor] = []  # the live ones: during an evaluation the module holds stand-ins
         self._stack = ExitStack()
@@ -137,20 +139,28 @@ def check_loss(loss: Any, *, finite: bool = True) -> Tensor:
 @contextmanager
 def preserve_rng() -> Iterator[None]:
     """Put the global generators of torch, NumPy and Python back on exit."""
-    cpu, legacy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    # Touching CUDA before the user does would initialise it.
-    cuda = torch.cuda.get_rng_state_all() if _cuda_is_live() else None
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    states = random_states()
     try:
         yield
     finally:
-        torch.set_rng_state(cpu)
-        np.random.set_state(legacy)  # noqa: NPY002
-        random.setstate(python)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
+        torch.set_rng_state(states["torch"])
+        np.random.set_state(states["numpy"])  # noqa: NPY002
+        random.setstate(states["python"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state_all(states["cuda"])
+        if "mps" in states:
+            torch.mps.set_rng_state(states["mps"])
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of the global generators, by the name of what draws from them."""
+    states = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}  # noqa: NPY002
+    # Touching CUDA before the user does would initialise it.
+    if _cuda_is_live():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
 
 
 def _cuda_is_live() -> bool:
