@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from eos_monitor.curvature.hessian import FiniteDifferenceStep, HessianOperator, SumOverRanks
-from eos_monitor.curvature.lanczos import length_of
+from eos_monitor.curvature.norms import length_of
 from eos_monitor.isolation.sandbox import LossFn, Sandbox, preserve_rng
 from eos_monitor.isolation.twin import as_list
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from eos_monitor.curvature.norms import quadratic_form
 from eos_monitor.isolation.copies import Copies
 from eos_monitor.isolation.sandbox import preserve_rng
-from eos_monitor.limits.edge_scale import Solve, bend, quadratic_form
+from eos_monitor.limits.edge_scale import Solve, bend
 from eos_monitor.limits.thresholds import critical_curvature
 from eos_monitor.readings.reading import Measurement, common_factor
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from eos_monitor.curvature.norms import quadratic_form
 from eos_monitor.limits.thresholds import CriticalCurvature, critical_curvature
 
 _SOLVES = 12
-_SLICE = 1 << 18
 
 # critical curvature -> (edge ratio there, its mode x in parameter space with xᵀ C x = 1)
 Solve = Callable[[CriticalCurvature], tuple[float, Tensor]]
@@ -99,13 +99,3 @@ def bend(c: Tensor, other: Tensor) -> float:
     factors = c / other
     least, most = (float(bound) for bound in torch.aminmax(factors[torch.isfinite(factors)]))
     return most / least - 1
-
-
-def quadratic_form(c: Tensor, x: Tensor) -> float:
-    """Return xᵀ C x in double precision, without the coordinates whose c is infinite (their x is 0)."""
-    total = 0.0
-    for part in range(0, len(x), _SLICE):  # a double-precision copy of a long vector costs more than the sum
-        weights = x[part : part + _SLICE].double().square()
-        terms = weights * (c if len(c) == 1 else c[part : part + _SLICE].double())
-        total += float(torch.where(weights > 0.0, terms, 0.0).sum())
-    return total
