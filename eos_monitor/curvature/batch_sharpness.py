@@ -14,7 +14,8 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from eos_monitor.curvature.hessian import FiniteDifferenceStep, HessianOperator, SumOverRanks
+from eos_monitor.curvature.finite_differences import FiniteDifferenceStep
+from eos_monitor.curvature.hessian import HessianOperator, SumOverRanks
 from eos_monitor.curvature.norms import length_of
 from eos_monitor.isolation.sandbox import LossFn, Sandbox, preserve_rng
 from eos_monitor.isolation.twin import as_list
@@ -130,8 +131,8 @@ def batch_sharpness(
                 batch_size_fn=lambda batch: 1,
                 sandbox=sandbox,
                 sum_over_ranks=sum_over_ranks,
+                step=step,
             )
-            operator.step = step
             ratio = _rayleigh_quotient(operator)
             step = operator.step
             drawn += 1

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eos_monitor.curvature.hessian import FiniteDifferenceStep, HessianOperator, SumOverRanks
+from eos_monitor.curvature.finite_differences import FiniteDifferenceStep
+from eos_monitor.curvature.hessian import HessianOperator, SumOverRanks
 from eos_monitor.curvature.lanczos import Spectrum
 from eos_monitor.isolation.sandbox import LossFn, Sandbox, preserve_rng
 from eos_monitor.isolation.twin import as_list, trained_parameters
@@ -103,6 +104,7 @@ class Gauge:
                 batch_size_fn=self._batch_size_fn,
                 sandbox=sandbox,
                 sum_over_ranks=sum_over_ranks,
+                step=self._step,
             )
 
         curvature, operator = everywhere(prepare, sum_over_ranks, "a probe")
@@ -119,7 +121,6 @@ class Gauge:
             ready=curvature.ready,
         )
         mode = None
-        operator.step = self._step
         with operator:
             if _can_move(curvature) and curvature.ready and not self.products_are_wrong:
                 reading, mode = self._with_edge(reading, operator, curvature, optimizers)
@@ -156,7 +157,7 @@ class Gauge:
         assert curvature.c is not None
         edge = EdgeOperator(operator, curvature)
         if operator.method == "fd" and operator.step is None:
-            operator.step = operator.calibrate(self._random.vector(operator))
+            operator.calibrate(self._random.vector(operator))
         spectrum, matvecs = self._solve_edge(edge)
         top = edge.scale * spectrum.eigenvectors[:, 0]  # the critical mode in parameter space
         self._check_products(operator, top)
