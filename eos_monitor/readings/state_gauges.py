@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from eos_monitor.curvature.batch_sharpness import batch_sharpness, batch_sharpness_limits
+from eos_monitor.curvature.batch_sharpness import batch_sharpness
 from eos_monitor.curvature.directional import directional_ratio
 from eos_monitor.curvature.hessian import SumOverRanks
 from eos_monitor.isolation.sandbox import LossFn, Sandbox
 from eos_monitor.isolation.twin import trained_parameters
+from eos_monitor.limits.plateau import batch_sharpness_limits
 from eos_monitor.readings.reading import StabilityReading
 
 
