@@ -91,7 +91,11 @@ def directional_ratio(
     if method not in METHODS:
         raise ValueError(f"Expected `method` to be one of {METHODS}, got {method!r}.")
     ahead = StepAhead(
-        *(module, loss_fn, batches, optimizer, update),
+        module,
+        loss_fn,
+        batches,
+        optimizer,
+        update,
         batch_size_fn=batch_size_fn,
         sandbox=sandbox,
         sum_over_ranks=sum_over_ranks,

@@ -82,7 +82,7 @@ class Position(NamedTuple):
 
 
 class SettingsAhead:
-    """Says the settings that schedulers will have made n optimizer steps from now.
+    """Settings that schedulers will have made n optimizer steps from now.
 
     They are read off a twin: copies of the schedulers, stepped on optimizers that have copied ``param_groups`` and
     neither parameters nor state. The twin runs many steps ahead at once; as long as the live settings and the
@@ -110,7 +110,8 @@ class SettingsAhead:
     """
 
     def __init__(self, schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> None:
-        self._schedulers, self._optimizers = schedulers, optimizers
+        self._schedulers = schedulers
+        self._optimizers = optimizers
         self._of: list[Any] = []  # the schedulers that the block is of
         self._block: list[_State] = []  # one an optimizer step, the first as it was found
         self._places: dict[Position, int] = {}
@@ -162,7 +163,8 @@ class SettingsAhead:
         if index is None:
             self._length = 1  # settings made by hand at each step must not cost a long run each
         elif index + n >= len(self._block) and self.why_not is None:
-            self._length, index = min(_LONGEST, 2 * self._length), None
+            self._length = min(_LONGEST, 2 * self._length)
+            index = None
         if index is None:
             self._predict(position, live, entries, max(n, self._length))
             index = 0
@@ -176,7 +178,8 @@ class SettingsAhead:
         return index if index is not None and self._block[index] == live else None
 
     def _predict(self, position: Position, live: _State, entries: Sequence[Any], steps: int) -> None:
-        self._of, self._block = [entry.scheduler for entry in entries], [live]
+        self._of = [entry.scheduler for entry in entries]
+        self._block = [live]
         self._places = {position: 0}
         self.why_not = _why_not(entries, position)
         if self.why_not is not None:
@@ -213,7 +216,9 @@ def edge_ratio_at(
         settings: What will differ, from :meth:`SettingsAhead.after`.
         solve: Critical curvature -> edge ratio and mode there.
     """
-    r, mode, before = measurement.reading.edge_ratio, measurement.mode, measurement.curvature
+    r = measurement.reading.edge_ratio
+    mode = measurement.mode
+    before = measurement.curvature
     if settings is None or r is None or mode is None or before.c is None:
         return None
     there = critical_curvature(optimizers, settings=settings)
