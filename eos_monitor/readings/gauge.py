@@ -104,7 +104,6 @@ class Gauge:
                 batch_size_fn=self._batch_size_fn,
                 sandbox=sandbox,
                 sum_over_ranks=sum_over_ranks,
-                step=self._step,
             )
 
         curvature, operator = everywhere(prepare, sum_over_ranks, "a probe")
@@ -121,6 +120,7 @@ class Gauge:
             ready=curvature.ready,
         )
         mode = None
+        operator.step = self._step
         with operator:
             if _can_move(curvature) and curvature.ready and not self.products_are_wrong:
                 reading, mode = self._with_edge(reading, operator, curvature, optimizers)
@@ -157,7 +157,7 @@ class Gauge:
         assert curvature.c is not None
         edge = EdgeOperator(operator, curvature)
         if operator.method == "fd" and operator.step is None:
-            operator.calibrate(self._random.vector(operator))
+            operator.step = operator.calibrate(self._random.vector(operator))
         spectrum, matvecs = self._solve_edge(edge)
         top = edge.scale * spectrum.eigenvectors[:, 0]  # the critical mode in parameter space
         self._check_products(operator, top)
