@@ -1,7 +1,7 @@
 """Fingerprints of a run's state: what a reading changed although it must not, and where.
 
 The sandbox isolates what hangs on a module as a tensor, array, generator or built-in container. Behind an object of
-any other kind it can isolate nothing, but what changed there can be seen. Looking runs no code of the user's: no
+any other kind it can isolate nothing, but what changed there can be seen. Reading runs no code of the user's: no
 property, no ``__getattr__``, no ``__iter__``; instances are read from their ``__dict__`` and slots.
 """
 
@@ -73,16 +73,16 @@ def fingerprint(
     also: Mapping[str, Any] | None = None,
     leave_out: Iterable[Any] = (),
 ) -> Fingerprint:
-    """Look at a module, its optimizers and the global random generators, through all that hangs on them.
+    """Digest a module, its optimizers and the global random generators, with all that can be reached from them.
 
     Parameters, buffers, gradients and optimizer state are compared whole. Behind each other attribute up to 64 MB of
     tensors and arrays and 20,000 entries are compared by content, what exceeds that by identity and version counter.
 
     Args:
-        module: Module to look at, with its sub-modules.
-        optimizers: Optimizers to look at.
+        module: Module, with its sub-modules.
+        optimizers: Its optimizers.
         also: Other objects, by name.
-        leave_out: Objects that are not looked into.
+        leave_out: Objects that are not read.
     """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # pickling support of itertools is deprecated
