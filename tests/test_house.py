@@ -57,7 +57,7 @@ def pairs(tree: ast.AST) -> list[str]:
 def late_attributes(cls: ast.ClassDef) -> set[str]:
     """Attributes that neither the constructor sets nor the class names.
 
-    The one pattern beside ``__init__``: what belongs to one fit is annotated in the class, with the method that sets it.
+    The one pattern beside ``__init__``: what belongs to one fit is annotated in the class with the method that sets it.
     """
     named = {
         target.id

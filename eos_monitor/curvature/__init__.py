@@ -1,1 +1,1 @@
-"""Curvature of a loss: the sandbox it is evaluated in, Hessian-vector products, eigenvalues."""
+"""Curvature of a loss: Hessian-vector products, eigenvalues, the curvature along a step."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ from typing import Any
 import torch
 from scipy import stats
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
 
-from eos_monitor.curvature.hessian import FiniteDifferenceStep, HessianOperator, SumOverRanks
-from eos_monitor.curvature.lanczos import length_of
+from eos_monitor.curvature.finite_differences import FiniteDifferenceStep
+from eos_monitor.curvature.hessian import HessianOperator, SumOverRanks
+from eos_monitor.curvature.norms import length_of
 from eos_monitor.isolation.sandbox import LossFn, Sandbox, preserve_rng
-from eos_monitor.isolation.twin import as_list
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,8 @@ def batch_sharpness(
                 batch_size_fn=lambda batch: 1,
                 sandbox=sandbox,
                 sum_over_ranks=sum_over_ranks,
+                step=step,
             )
-            operator.step = step
             ratio = _rayleigh_quotient(operator)
             step = operator.step
             drawn += 1
@@ -139,57 +137,7 @@ def batch_sharpness(
                 ratios.append(ratio)
     if drawn == 0:
         raise ValueError(f"Expected at least {accumulate} batch(es), the window of one step, got fewer.")
-    value, error = _mean_and_error(ratios)
-    width = math.inf if error is None else error * float(stats.t.ppf((1 + confidence) / 2, len(ratios) - 1))
-    return BatchSharpness(
-        value=value,
-        error=error,
-        low=None if value is None or error is None else value - width,
-        high=None if value is None or error is None else value + width,
-        batches=len(ratios),
-        without_gradient=drawn - len(ratios),
-        converged=_met(ratios, rtol, min_batches),
-    )
-
-
-def batch_sharpness_limits(optimizer: Optimizer | Iterable[Optimizer]) -> tuple[float, float] | None:
-    """Return where the batch sharpness settles under SGD: 2(1 − β)/lr for small batches, 2(1 + β)/lr for large ones.
-
-    Both are 2/lr without momentum β. Between them the crossover is gradual, and a value there says nothing. Dampening
-    d makes heavy ball one with the learning rate (1 − d)·lr.
-
-    Returns:
-        Both lines in units of curvature. None where nothing is published: other optimizers, Nesterov momentum,
-        ``maximize``, groups that differ in these settings, or a learning rate of zero.
-
-    Example:
-        >>> import torch
-        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.5)
-        >>> batch_sharpness_limits(sgd)
-        (10.0, 30.0)
-
-    References:
-        A. Andreyev et al., "Momentum Further Constrains Sharpness at the Edge of Stochastic Stability", 2026,
-        arXiv 2604.14108.
-    """
-    optimizers = as_list(optimizer)
-    if not optimizers or not all(_steps_like_sgd(o) for o in optimizers):
-        return None
-    groups = [group for o in optimizers for group in o.param_groups]
-    if any(group["nesterov"] or group["maximize"] for group in groups):
-        return None
-    settings = {
-        (float(group["lr"]), float(group["momentum"]), float(group["dampening"]) if group["momentum"] else 0.0)
-        for group in groups
-    }
-    lr, momentum, dampening = settings.pop()
-    effective = lr * (1 - dampening)
-    return None if settings or effective <= 0.0 else (2 * (1 - momentum) / effective, 2 * (1 + momentum) / effective)
-
-
-def _steps_like_sgd(optimizer: Optimizer) -> bool:
-    # A subclass with a step of its own is another optimizer. Unwrapped, because torch wraps `step` in a profiler hook.
-    return isinstance(optimizer, SGD) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(SGD.step)
+    return _estimate(ratios, drawn, rtol, min_batches, confidence)
 
 
 def _rayleigh_quotient(operator: HessianOperator) -> float | None:
@@ -201,6 +149,20 @@ def _rayleigh_quotient(operator: HessianOperator) -> float | None:
             return None
         direction = gradient / length
         return float(operator.matvec(direction) @ direction)
+
+
+def _estimate(ratios: Sequence[float], drawn: int, rtol: float, min_batches: int, confidence: float) -> BatchSharpness:
+    value, error = _mean_and_error(ratios)
+    width = math.inf if error is None else error * float(stats.t.ppf((1 + confidence) / 2, len(ratios) - 1))
+    return BatchSharpness(
+        value=value,
+        error=error,
+        low=None if value is None or error is None else value - width,
+        high=None if value is None or error is None else value + width,
+        batches=len(ratios),
+        without_gradient=drawn - len(ratios),
+        converged=_met(ratios, rtol, min_batches),
+    )
 
 
 def _windows(batches: Iterable[Any], size: int, sum_over_ranks: SumOverRanks | None) -> Iterator[list[Any]]:

@@ -20,7 +20,7 @@ _VISIBLE = 4.0  # a first-order change below so many resolutions is no descent t
 
 @dataclass(frozen=True)
 class CriticalLearningRate:
-    """Where the loss along the next step stops being lower than it is now.
+    """Learning rate at which the loss along the next step stops being lower than it is now.
 
     Attributes:
         scale: Factor on all learning rates; None if the step does not descend, no increase was met, or none could be
@@ -119,7 +119,11 @@ def critical_learning_rate(
     if max_forwards < 3:
         raise ValueError(f"Expected `max_forwards` >= 3, got {max_forwards}.")
     ahead = StepAhead(
-        *(module, loss_fn, batches, optimizer, update),
+        module,
+        loss_fn,
+        batches,
+        optimizer,
+        update,
         batch_size_fn=batch_size_fn,
         sandbox=sandbox,
         sum_over_ranks=sum_over_ranks,
@@ -128,7 +132,8 @@ def critical_learning_rate(
         return CriticalLearningRate(None, None, None, None, 0.0, math.inf, 0, 1, converged=False)
     with ahead.operator:
         bracket = _Bracket(ahead.slope, ahead.resolution, rtol)
-        forwards, s = 1, begin  # the loss at the parameters is one
+        forwards = 1  # the loss at the parameters
+        s = begin
         while forwards < max_forwards and not bracket.done:
             bracket.add(s, ahead.change(s))
             forwards += 1
@@ -174,19 +179,24 @@ class _Bracket:
 
     def add(self, s: float, change: float) -> None:
         if abs(change) > self.resolution:  # also infinite
-            self.low, self.high = (s, self.high) if change < 0.0 else (self.low, s)
+            if change < 0.0:
+                self.low = s
+            else:
+                self.high = s
         elif s <= _VISIBLE * self.blur:  # too short to see where it goes
             self.low = s
             return
         else:  # back at the height of the start
-            self.low, self.high = max(self.low, s - self.blur), min(self.high, s + self.blur)
+            self.low = max(self.low, s - self.blur)
+            self.high = min(self.high, s + self.blur)
         if math.isfinite(change):
             self._points.append((change / s, s))
         self._widths.append(self.high - self.low)
 
     def next(self) -> float:
         """Return the factor to try next: a little off the expected root, on the side that is far."""
-        root, off = self._secant_root(), 0.45 * self.rtol
+        root = self._secant_root()
+        off = 0.45 * self.rtol
         if self.high == math.inf:
             cap = _GROWTH * self.low
             return root * (1 + off) if root is not None and self.low < root * (1 + off) < cap else cap

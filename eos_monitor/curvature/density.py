@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eos_monitor.curvature.lanczos import _Basis
+from eos_monitor.curvature.basis import Basis, dimension_of
 
 
 @dataclass(frozen=True)
@@ -126,27 +126,17 @@ def spectral_density(
         Anal. Appl. 38 (2017). B. Ghorbani, S. Krishnan and Y. Xiao, An investigation into neural net optimization via
         Hessian eigenvalue density (2019), arXiv:1901.10159.
     """
-    n = size if size is not None else getattr(operator, "size", None)
-    if n is None:
-        raise ValueError("Expected `size` for a plain function, got None. Pass size=n.")
+    n = dimension_of(operator, size)
     _check_arguments(n, probes, steps, grid, width)
-    basis = _Basis(
-        n,
-        min(n, steps),
-        dtype if dtype is not None else getattr(operator, "dtype", torch.float32),
-        torch.device(device if device is not None else getattr(operator, "device", "cpu")),
-        generator or torch.Generator().manual_seed(0),
-    )
-    matvec = getattr(operator, "matvec", operator)
-    rules = [_quadrature(basis, matvec) for _ in range(probes)]
+    basis = Basis(operator, n, min(n, steps), dtype=dtype, device=device, generator=generator)
+    rules = [_quadrature(basis) for _ in range(probes)]
     longest = max(len(theta) for theta, _ in rules)
     nodes = torch.stack([torch.cat([theta, theta[-1:].expand(longest - len(theta))]) for theta, _ in rules])
     weights = torch.stack([torch.cat([w, w.new_zeros(longest - len(w))]) for _, w in rules])
-    low, high = float(nodes.min()), float(nodes.max())
+    low = float(nodes.min())
+    high = float(nodes.max())
     if width is None:
-        magnitude, eps = max(-low, high), torch.finfo(basis.dtype).eps
-        # Where there is one eigenvalue only, the range is rounding.
-        width = (high - low if high - low > 100 * eps * magnitude else magnitude or 1.0) / steps
+        width = _resolved_range(low, high, basis.dtype) / steps
     if isinstance(grid, int):
         grid = torch.linspace(low - 4 * width, high + 4 * width, grid, dtype=torch.float64)
     grid = grid.detach().double().cpu()
@@ -171,19 +161,25 @@ def spectral_density(
     )
 
 
-def _quadrature(basis: _Basis, matvec: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Nodes, ascending, and weights of the Gauss rule of one random vector."""
-    basis.count = 0
+def _resolved_range(low: float, high: float, dtype: torch.dtype) -> float:
+    """Return the range of the Ritz values; their magnitude where it is rounding, of one eigenvalue."""
+    magnitude = max(-low, high)
+    return high - low if high - low > 100 * torch.finfo(dtype).eps * magnitude else magnitude or 1.0
+
+
+def _quadrature(basis: Basis) -> tuple[Tensor, Tensor]:
+    """Return nodes, ascending, and weights of the Gauss rule of one random vector."""
+    basis.clear()
     vector = basis.random_vector()
     # Ends early where the Krylov space is invariant: the rule is exact then, and nothing may be added to it.
-    while basis.count < basis.capacity and basis.add(vector, matvec):
+    while basis.count < basis.capacity and basis.add(vector):
         vector = basis.last_product()
     theta, s = basis.rayleigh_ritz()
     return theta.flip(0), (s[0] ** 2).flip(0)
 
 
 def _mean_and_error(values: Tensor, weights: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Mean of ``values (..., probes, m)`` over the estimated density and the standard error of this mean."""
+    """Return the mean of ``values (..., probes, m)`` over the estimated density and the standard error of this mean."""
     probes = len(weights)
     mean = (values * weights).sum((-2, -1)) / probes
     variance = ((values - mean[..., None, None]) ** 2 * weights).sum((-2, -1)) / probes

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from eos_monitor.curvature.gradient_graph import flatten
 from eos_monitor.curvature.hessian import HessianOperator, SumOverRanks
+from eos_monitor.curvature.norms import dot
 from eos_monitor.isolation.sandbox import LossFn, Sandbox
 from eos_monitor.isolation.twin import as_list, proposed_update, trained_parameters
 
 METHODS = ("product", "forward")
-_SLICE = 1 << 18
 # Rounding of a change of the loss, in units of eps·|L|: at most 2.3 on seven float32 nets of 2 to 12 layers.
 _LOSS_ROUNDING = 4.0
 # A step whose loss change is known to less than this share says nothing.
@@ -91,7 +91,11 @@ def directional_ratio(
     if method not in METHODS:
         raise ValueError(f"Expected `method` to be one of {METHODS}, got {method!r}.")
     ahead = StepAhead(
-        *(module, loss_fn, batches, optimizer, update),
+        module,
+        loss_fn,
+        batches,
+        optimizer,
+        update,
         batch_size_fn=batch_size_fn,
         sandbox=sandbox,
         sum_over_ranks=sum_over_ranks,
@@ -154,8 +158,8 @@ class StepAhead:
         if self.update.shape != (self.operator.size,):
             raise ValueError(f"Expected `update` of shape ({self.operator.size},), got {tuple(self.update.shape)}.")
         self.update = self.update.to(self.operator.device, self.operator.dtype)
-        self._decay_slope = 0.0 if self._decay is None else _dot(self._decay * theta, self.update)
-        self.slope = self._sign * _dot(gradient, self.update) + self._decay_slope
+        self._decay_slope = 0.0 if self._decay is None else dot(self._decay * theta, self.update)
+        self.slope = self._sign * dot(gradient, self.update) + self._decay_slope
         if not math.isfinite(self.slope):
             raise RuntimeError("Expected a finite update, got NaN or infinity. The optimizer's state overflows.")
         self._eps = max(torch.finfo(p.dtype).eps for p in params)
@@ -182,7 +186,7 @@ class StepAhead:
 
     def curvature(self) -> float:
         """Return uᵀ(H + W)u."""
-        return self._sign * _dot(self.operator.matvec(self.update), self.update) + self._decay_curvature()
+        return self._sign * dot(self.operator.matvec(self.update), self.update) + self._decay_curvature()
 
     def change(self, scale: float) -> float:
         """Return how much the loss with its decay rises from θ to θ + scale·u; infinite if it is not finite there."""
@@ -192,7 +196,7 @@ class StepAhead:
         return self._sign * (loss - self.start) + scale * self._decay_slope + 0.5 * scale**2 * self._decay_curvature()
 
     def _decay_curvature(self) -> float:
-        return 0.0 if self._decay is None else _dot(self._decay * self.update, self.update)
+        return 0.0 if self._decay is None else dot(self._decay * self.update, self.update)
 
 
 def _proposed(
@@ -226,9 +230,3 @@ def _coupled_decay(optimizers: Sequence[Optimizer], gradient: Tensor, theta: Ten
         if not float(torch.linalg.vector_norm(miss_coupled)) < 0.5 * float(torch.linalg.vector_norm(miss_absent)):
             weights.zero_()
     return diagonal if bool(diagonal.any()) else None
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    """Return aᵀb in double precision; in slices, because copies of long vectors cost more than the arithmetic."""
-    pairs = zip(torch.split(a, _SLICE), torch.split(b, _SLICE), strict=True)
-    return sum(float(x.double() @ y.double()) for x, y in pairs)

@@ -9,13 +9,28 @@ from torch import Tensor
 
 
 class GradientGraph:
-    """The gradient of one batch's loss, with the graph to differentiate it again."""
+    """The gradient of one batch's loss, with the graph to differentiate it again.
+
+    Args:
+        loss: The loss, a scalar.
+        aliases: Tensors that stand for the parameters in it.
+        params: The parameters.
+        dtype: Floating-point type of what is returned.
+        device: Device of what is returned.
+
+    Attributes:
+        loss: The loss.
+        unused: Share of the coordinates that the loss does not depend on.
+    """
 
     def __init__(
         self, loss: Tensor, aliases: list[Tensor], params: list[Tensor], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.loss = float(loss.detach())
-        self._aliases, self._params, self._dtype, self._device = aliases, params, dtype, device
+        self._aliases = aliases
+        self._params = params
+        self._dtype = dtype
+        self._device = device
         self._versions = [p._version for p in params]
         # Not materialize_grads: it would turn reentrant checkpointing into a Hessian of silent zeros.
         gradients = torch.autograd.grad(loss, aliases, create_graph=True, allow_unused=True)

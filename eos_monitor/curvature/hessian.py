@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eos_monitor.curvature.finite_differences import (
+    FiniteDifferenceStep,
+    ProductCheck,
+    calibrated_step,
+    central_differences,
+    check_product,
+)
 from eos_monitor.curvature.gradient_graph import GradientGraph, flatten
 from eos_monitor.curvature.precision import Widened
 from eos_monitor.isolation.batches import batch_size, split_batch
@@ -20,42 +26,7 @@ from eos_monitor.isolation.sandbox import LossFn, Sandbox, check_loss, preserve_
 METHODS = ("auto", "double-backward", "fd")
 SumOverRanks = Callable[[Tensor], Tensor]
 
-# Steps of the self-check along a unit vector. In double precision they are so small that hardly any kink (ReLU,
-# max-pooling) lies within reach, which is what makes the comparison sharp; in float32 rounding forbids that.
-_DOUBLE_STEPS = (1e-7, 1e-6)
-_FLOAT_STEPS = (1e-4, 1e-3, 1e-2)
-# Sizes that method "fd" chooses from.
-_CALIBRATION = {torch.float32: (1e-2, 1e-3, 1e-4), torch.float64: (1e-4, 1e-5, 1e-6)}
-# Measured, whole vector: right products differ by < 1e-4 on smooth nets and up to 0.07 where a float32 step crosses
-# kinks; silently wrong ones (weight_norm, once_differentiable, detached saves) by 0.012 to 0.7 at every step.
-_SMOOTH_TOLERANCE = 1e-2
 _SMALLEST_SLICE = 4  # batch statistics of fewer samples say nothing of those of the whole
-_KINKED_TOLERANCE = 0.12
-
-
-@dataclass(frozen=True)
-class ProductCheck:
-    """Comparison of one Hessian-vector product with central finite differences of the gradient.
-
-    Attributes:
-        mismatch: ``‖Hv_fd − Hv‖ / max(‖Hv_fd‖, ‖Hv‖)`` at the best of several step sizes.
-        uncertainty: Least relative difference between two of the step sizes.
-        passed: Whether the mismatch is explained by rounding, or by kinks that a float32 step crosses.
-        dtype: Precision of the differences; float32 where the loss refuses double precision.
-    """
-
-    mismatch: float
-    uncertainty: float
-    passed: bool
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class FiniteDifferenceStep:
-    """Step along a unit vector, and the relative error to expect of a product with it."""
-
-    size: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -96,6 +67,7 @@ class HessianOperator:
         sum_over_ranks: Elementwise sum of a flat tensor over the processes of a data-parallel run, each of which holds
             batches of its own; H is then that of the mean loss over all of them, and where a batch fails on one process
             the call fails on all. Every process has to make the same calls.
+        step: Step of method ``"fd"``, from an earlier operator; by default calibrated at the first product.
 
     Raises:
         ValueError: If there is no batch, no trainable parameter, or the method is unknown.
@@ -121,6 +93,7 @@ class HessianOperator:
         batch_size_fn: Callable[[Any], int] | None = None,
         sandbox: Sandbox | None = None,
         sum_over_ranks: SumOverRanks | None = None,
+        step: FiniteDifferenceStep | None = None,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"Expected `method` to be one of {METHODS}, got {method!r}.")
@@ -144,7 +117,7 @@ class HessianOperator:
         self.loss: float | None = None
         self.unused: float | None = None
         self._graph: GradientGraph | None = None
-        self.step: FiniteDifferenceStep | None = None  # calibrated at the first product of method "fd"
+        self.step = step
         self._entered = False
 
     @property
@@ -178,7 +151,8 @@ class HessianOperator:
         if self.method == "fd":
             return self._finite_difference(v)
         parts = self._split(v)
-        losses, unused = [0.0] * len(self._batches), [1.0] * len(self._batches)
+        losses = [0.0] * len(self._batches)
+        unused = [1.0] * len(self._batches)
 
         def product(i: int) -> Tensor:
             keep = len(self._batches) == 1
@@ -186,7 +160,8 @@ class HessianOperator:
             if graph is None or graph.outdated(self._params):
                 graph = self._record(self._batches[i], i)
                 self._graph = graph if keep else None
-            losses[i], unused[i] = graph.loss, graph.unused
+            losses[i] = graph.loss
+            unused[i] = graph.unused
             return graph.product(parts, keep=keep)
 
         mean = self._mean(product, self.size, self.dtype)
@@ -276,42 +251,27 @@ class HessianOperator:
         that the kinks of the loss explain is accepted (six gradients).
         """
         direction = v / torch.linalg.vector_norm(v)
-        product = self.matvec(direction)
-        try:
-            dtype, differences = torch.float64, self._differences(direction, torch.float64, _DOUBLE_STEPS)
-        except (RuntimeError, TypeError, ValueError):  # a dtype written down in the loss, or a device without doubles
-            dtype, differences = torch.float32, self._differences(direction, None, _FLOAT_STEPS)
-        mismatch = min(_relative_distance(difference, product) for difference in differences)
-        uncertainty = min(_relative_distance(a, b) for a, b in pairwise(differences))
-        rounding = 8 * max(torch.finfo(p.dtype).eps for p in self._params)  # bfloat16 parameters: 0.06
-        inexact = max(uncertainty, self.step.error if self.step is not None else 0.0)
-        accepted = max(_SMOOTH_TOLERANCE, rounding, min(_KINKED_TOLERANCE, 3 * inexact))
-        return ProductCheck(mismatch, uncertainty, mismatch <= accepted, dtype)
+        return check_product(
+            self.matvec(direction),
+            self.gradient,
+            direction,
+            rounding=8 * max(torch.finfo(p.dtype).eps for p in self._params),  # bfloat16 parameters: 0.06
+            error=self.step.error if self.step is not None else 0.0,
+        )
+
+    def calibrate(self, v: Tensor) -> FiniteDifferenceStep:
+        """Choose the step of method ``"fd"`` along ``v``, for all products to come."""
+        self.step = calibrated_step(self.gradient, v / torch.linalg.vector_norm(v), self.dtype)
+        return self.step
 
     def _finite_difference(self, v: Tensor) -> Tensor:
         length = float(torch.linalg.vector_norm(v))
         if length == 0.0:
             return torch.zeros_like(v)
         direction = v / length
-        if self.step is None:
-            self.step = self.calibrate(direction)
-        (difference,) = self._differences(direction, None, (self.step.size,))
+        step = self.step or self.calibrate(direction)
+        (difference,) = central_differences(self.gradient, direction, (step.size,))
         return length * difference
-
-    def calibrate(self, v: Tensor) -> FiniteDifferenceStep:
-        """Choose the step of finite differences along ``v``: the middle of three, or the largest if rounding rules."""
-        large, middle, small = _CALIBRATION[self.dtype]
-        at = self._differences(v / torch.linalg.vector_norm(v), None, (large, middle, small))
-        above, below = _relative_distance(at[0], at[1]), _relative_distance(at[1], at[2])
-        size = middle if above <= _SMOOTH_TOLERANCE or below <= above else large
-        return FiniteDifferenceStep(size, min(above, below))
-
-    def _differences(self, direction: Tensor, dtype: torch.dtype | None, steps: Sequence[float]) -> list[Tensor]:
-        direction = direction if dtype is None else direction.to(dtype)
-        return [
-            (self.gradient(h * direction, dtype=dtype) - self.gradient(-h * direction, dtype=dtype)) / (2 * h)
-            for h in steps
-        ]
 
     def _mean(self, term: Callable[[int], Tensor], size: int, dtype: torch.dtype) -> Tensor:
         """Return the mean of ``term(batch)`` over the batches of all processes, weighted by their samples."""
@@ -392,9 +352,3 @@ def _check_parameters(params: list[Tensor]) -> None:
     for p in params:
         if not p.is_floating_point():
             raise TypeError(f"Expected real floating-point parameters, got {p.dtype}.")
-
-
-def _relative_distance(a: Tensor, b: Tensor) -> float:
-    a, b = a.double(), b.double()
-    scale = max(float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b)))
-    return float(torch.linalg.vector_norm(a - b)) / scale if scale > 0.0 else 0.0

@@ -8,17 +8,16 @@ no product, and the basis stays small enough (20 vectors) that complete reorthog
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eos_monitor.curvature.basis import Basis, dimension_of
+from eos_monitor.curvature.norms import length_of
+
 _MAX_BASIS = 20
-_LITTLE_REMOVED = 0.7  # of the length left after one orthogonalization: what is left is orthogonal to rounding
-_SLICE = 1 << 18
-_Matvec = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,18 +96,10 @@ def lanczos(
         K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, SIAM J. Matrix
         Anal. Appl. 22 (2000).
     """
-    n = size if size is not None else getattr(operator, "size", None)
-    if n is None:
-        raise ValueError("Expected `size` for a plain function, got None. Pass size=n.")
+    n = dimension_of(operator, size)
     _check_arguments(n, k, rtol, atol, max_matvecs)
-    basis = _Basis(
-        n,
-        min(n, max(_MAX_BASIS, 2 * k + 4)),
-        dtype if dtype is not None else getattr(operator, "dtype", torch.float32),
-        torch.device(device if device is not None else getattr(operator, "device", "cpu")),
-        generator or torch.Generator().manual_seed(0),
-    )
-    return _iterate(basis, getattr(operator, "matvec", operator), v0, k, rtol, atol, max_matvecs)[0]
+    basis = Basis(operator, n, _capacity(n, k), dtype=dtype, device=device, generator=generator)
+    return _iterate(basis, v0, k, rtol, atol, max_matvecs)[0]
 
 
 def lanczos_recycled(
@@ -130,17 +121,18 @@ def lanczos_recycled(
     holds the leading Ritz vectors with ``θᵢ ≥ share · θ₁``: at least k of them and at most ``max(width, k)``. At
     the edge of stability several eigenvalues crowd at the top, and a single recycled vector follows the wrong one.
     """
-    n = operator.size
-    capacity = min(n, max(_MAX_BASIS, 2 * k + 4))
-    basis = _Basis(n, capacity, operator.dtype, operator.device, generator)
-    spectrum, theta, s = _iterate(basis, operator.matvec, block, k, rtol, atol, max_matvecs, explore)
+    basis = Basis(operator, operator.size, _capacity(operator.size, k), generator=generator)
+    spectrum, theta, s = _iterate(basis, block, k, rtol, atol, max_matvecs, explore)
     leading = int((theta[: max(width, k)] >= share * theta[0].clamp(min=0.0)).sum())
     return spectrum, basis.ritz_vectors(s, max(k, leading)).T
 
 
+def _capacity(n: int, k: int) -> int:
+    return min(n, max(_MAX_BASIS, 2 * k + 4))
+
+
 def _iterate(
-    basis: _Basis,
-    matvec: _Matvec,
+    basis: Basis,
     v0: Tensor | None,
     k: int,
     rtol: float,
@@ -150,12 +142,13 @@ def _iterate(
 ) -> tuple[Spectrum, Tensor, Tensor]:
     matvecs = 0
     for start in _start_vectors(v0, basis):
-        if matvecs < max_matvecs and basis.add(start, matvec):
+        if matvecs < max_matvecs and basis.add(start):
             matvecs += 1
     while explore > 0 and matvecs < max_matvecs and basis.count < basis.capacity:
-        if not basis.add(basis.last_product(), matvec):
+        if not basis.add(basis.last_product()):
             break
-        matvecs, explore = matvecs + 1, explore - 1
+        matvecs += 1
+        explore -= 1
     while True:
         theta, s = basis.rayleigh_ritz()
         top = min(k, len(theta))
@@ -169,87 +162,13 @@ def _iterate(
         direction = residual_vectors[int(open_pairs.int().argmax())]
         if basis.count == basis.capacity:
             basis.restart(s, keep=k + (basis.capacity - k) // 2)
-        while not basis.add(direction, matvec):
+        while not basis.add(direction):
             # In the span already (an invariant subspace, or rounding): go on from a random vector.
             direction = basis.random_vector()
         matvecs += 1
 
 
-class _Basis:
-    """Orthonormal rows V with their products W = V A, and T = V Wᵀ."""
-
-    def __init__(
-        self, n: int, capacity: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
-    ) -> None:
-        self.n, self.capacity, self.count = n, capacity, 0
-        self.dtype, self.device = dtype, device
-        self._generator = generator
-        self._v = torch.empty(capacity, n, dtype=dtype, device=device)
-        self._w = torch.empty(capacity, n, dtype=dtype, device=device)
-        self._t = torch.zeros(capacity, capacity, dtype=torch.float64)
-
-    def random_vector(self) -> Tensor:
-        # Drawn where the generator lives, so that a seed means the same vector on every device.
-        draw = torch.randn(self.n, generator=self._generator, dtype=self.dtype, device=self._generator.device)
-        return draw.to(self.device)
-
-    def add(self, vector: Tensor, matvec: _Matvec) -> bool:
-        """Append the direction of ``vector`` and its product; False if it depends on the basis."""
-        m = self.count
-        norm = length_of(vector)
-        if not norm > 0.0:
-            return False
-        q = torch.div(vector, norm, out=self._v[m])  # in its place: fresh memory costs more than arithmetic on it
-        # Twice is enough (Giraud et al. 2005), and once if little was removed; a vector that keeps shrinking is in the
-        # span.
-        for _ in range(2):
-            q.addmv_(self._v[:m].T, self._v[:m] @ q, alpha=-1)
-            length = length_of(q)
-            if not length > 100 * torch.finfo(self.dtype).eps:
-                return False
-            q /= length
-            if length > _LITTLE_REMOVED:
-                break
-        w = matvec(q)
-        if not math.isfinite(float(w.sum())):  # one pass; torch.isfinite takes several
-            raise RuntimeError(
-                "Expected finite matrix-vector products, got NaN or infinity. The loss or its derivatives overflow "
-                "at the present parameters."
-            )
-        self._w[m] = w
-        # T is symmetric up to rounding; the mean of both triangles keeps the better half of the digits.
-        row = (self._w[: m + 1] @ q).double().cpu()
-        column = (self._v[: m + 1] @ w).double().cpu()
-        self._t[m, : m + 1] = self._t[: m + 1, m] = (row + column) / 2
-        self.count = m + 1
-        return True
-
-    def last_product(self) -> Tensor:
-        return self._w[self.count - 1]
-
-    def rayleigh_ritz(self) -> tuple[Tensor, Tensor]:
-        theta, s = torch.linalg.eigh(self._t[: self.count, : self.count])
-        return theta.flip(0), s.flip(1)
-
-    def ritz_vectors(self, s: Tensor, top: int) -> Tensor:
-        return s[:, :top].T.to(self._v) @ self._v[: self.count]
-
-    def residuals(self, theta: Tensor, s: Tensor, top: int) -> Tensor:
-        coefficients = s[:, :top].T.to(self._v)
-        shift = theta[:top, None].to(self._v)
-        return torch.addmm(coefficients @ self._w[: self.count], -shift * coefficients, self._v[: self.count])
-
-    def restart(self, s: Tensor, keep: int) -> None:
-        coefficients = s[:, :keep].T.to(self._v)
-        self._v[:keep] = coefficients @ self._v[: self.count]
-        self._w[:keep] = coefficients @ self._w[: self.count]
-        self._t[:keep, :keep] = (
-            (self._v[:keep] @ self._w[:keep].T).double().cpu() + (self._w[:keep] @ self._v[:keep].T).double().cpu()
-        ) / 2
-        self.count = keep
-
-
-def _start_vectors(v0: Tensor | None, basis: _Basis) -> list[Tensor]:
+def _start_vectors(v0: Tensor | None, basis: Basis) -> list[Tensor]:
     if v0 is None:
         return [basis.random_vector()]
     n = basis.n
@@ -270,9 +189,3 @@ def _check_arguments(n: int, k: int, rtol: float, atol: float, max_matvecs: int)
         raise ValueError(f"Expected `rtol` >= 0 and `atol` >= 0, got {rtol} and {atol}.")
     if max_matvecs < k:
         raise ValueError(f"Expected `max_matvecs` >= k = {k}, got {max_matvecs}.")
-
-
-def length_of(vector: Tensor) -> float:
-    """Return ‖v‖₂ in double precision."""
-    # In slices, because the double-precision copy of a long vector costs more than all the arithmetic here.
-    return math.hypot(*(float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in torch.split(vector, _SLICE)))

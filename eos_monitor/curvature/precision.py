@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # Draws whose numbers depend on the precision that they are drawn in; dropout's do not.
-_LIKE, _ANEW, _IN_PLACE = ("randn_like", "rand_like"), ("randn", "rand", "normal"), ("normal_", "uniform_")
+_IN_PLACE = ("normal_", "uniform_")
+_DRAWS = ("randn_like", "rand_like", "randn", "rand", "normal", *_IN_PLACE)
 
 
 class Widened(TorchFunctionMode):
-    """Makes every conversion to a shorter floating-point type one to double precision.
+    """Mode in which every conversion to a shorter floating-point type is one to double precision.
 
     A ``logits.float()`` in the loss would round away the small steps of the self-check. Random numbers are those of the
     usual precision, widened: a loss with other noise is another loss.
@@ -27,8 +28,9 @@ class Widened(TorchFunctionMode):
         self._usual = usual
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if name in (*_LIKE, *_ANEW, *_IN_PLACE):
+        name = getattr(func, "__name__", "")
+        kwargs = kwargs or {}
+        if name in _DRAWS:
             drawn = func(*map(self._narrow, args), **{key: self._narrow(value) for key, value in kwargs.items()})
             return args[0].copy_(drawn) if name in _IN_PLACE else drawn.double()
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):

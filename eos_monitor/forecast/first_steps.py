@@ -57,7 +57,9 @@ class FirstSteps:
             raise ValueError(f"Expected optimizers of the module's parameters, got {outside} from outside.")
         self.optimizers = [twin_optimizer(optimizer, stand_ins) for optimizer in optimizers]
         self.params = trained_parameters(self.optimizers)
-        self.loss_fn, self.batches, self.full_batch = loss_fn, batches, full_batch
+        self.loss_fn = loss_fn
+        self.batches = batches
+        self.full_batch = full_batch
         self.batch_size_fn = batch_size_fn
         sizes = [batch_size_fn(batch) for batch in batches]
         self.samples = sum(sizes)
@@ -65,7 +67,8 @@ class FirstSteps:
         self.gauge = Gauge(Solver(rtol=rtol), batch_size_fn)
         self.readings: list[StabilityReading] = []
         self.losses: list[float] = []
-        self.gradients = self.settling = 0
+        self.gradients = 0
+        self.settling = 0
         self._alive: int | None = None  # coordinates with a gradient at the start
         self._dead = False
 
@@ -92,7 +95,8 @@ class FirstSteps:
 
     def walk_up(self, steps: int, schedule: Sequence[Settings | None]) -> int | None:
         """Take steps at 0.8 of the edge; return how many it took until the run's own settings are below the edge."""
-        every, scale = max(1, steps // _READINGS), 0.0
+        every = max(1, steps // _READINGS)
+        scale = 0.0
         for step in range(steps + 1):
             self._set(schedule[step])
             if not self._differentiate() or self._dead:
@@ -163,7 +167,8 @@ class FirstSteps:
 
     def _read(self, step: int) -> StabilityReading:
         """Take a reading; where the state is too young, of copies whose state is carried on at the present gradient."""
-        optimizers, settling = self.optimizers, 0
+        optimizers = self.optimizers
+        settling = 0
         curvature = critical_curvature(optimizers)
         if not curvature.ready or (curvature.c is None and not curvature.without_threshold):
             kept = [p.detach().clone() for p in self.params]

@@ -5,21 +5,21 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import random
 import types
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from eos_monitor.curvature.norms import quadratic_form
+from eos_monitor.isolation.copies import Copies
 from eos_monitor.isolation.sandbox import preserve_rng
-from eos_monitor.limits.edge_scale import Solve, bend, quadratic_form
+from eos_monitor.limits.edge_scale import Solve, bend
 from eos_monitor.limits.thresholds import critical_curvature
 from eos_monitor.readings.reading import Measurement, common_factor
 
@@ -82,7 +82,7 @@ class Position(NamedTuple):
 
 
 class SettingsAhead:
-    """Says the settings that schedulers will have made n optimizer steps from now.
+    """Settings that schedulers will have made n optimizer steps from now.
 
     They are read off a twin: copies of the schedulers, stepped on optimizers that have copied ``param_groups`` and
     neither parameters nor state. The twin runs many steps ahead at once; as long as the live settings and the
@@ -110,7 +110,8 @@ class SettingsAhead:
     """
 
     def __init__(self, schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> None:
-        self._schedulers, self._optimizers = schedulers, optimizers
+        self._schedulers = schedulers
+        self._optimizers = optimizers
         self._of: list[Any] = []  # the schedulers that the block is of
         self._block: list[_State] = []  # one an optimizer step, the first as it was found
         self._places: dict[Position, int] = {}
@@ -162,7 +163,8 @@ class SettingsAhead:
         if index is None:
             self._length = 1  # settings made by hand at each step must not cost a long run each
         elif index + n >= len(self._block) and self.why_not is None:
-            self._length, index = min(_LONGEST, 2 * self._length), None
+            self._length = min(_LONGEST, 2 * self._length)
+            index = None
         if index is None:
             self._predict(position, live, entries, max(n, self._length))
             index = 0
@@ -176,16 +178,17 @@ class SettingsAhead:
         return index if index is not None and self._block[index] == live else None
 
     def _predict(self, position: Position, live: _State, entries: Sequence[Any], steps: int) -> None:
-        self._of, self._block = [entry.scheduler for entry in entries], [live]
+        self._of = [entry.scheduler for entry in entries]
+        self._block = [live]
         self._places = {position: 0}
         self.why_not = _why_not(entries, position)
         if self.why_not is not None:
             return
         try:
             with preserve_rng():
-                memo: dict[int, Any] = {}
-                twins = [_copied(entry.scheduler, memo) for entry in entries]
-                optimizers = [_copied(optimizer, memo) for optimizer in self._optimizers]
+                copies = _ScheduleCopies({})
+                twins = [copies.of(entry.scheduler) for entry in entries]
+                optimizers = [copies.of(optimizer) for optimizer in self._optimizers]
                 for _ in range(steps):
                     for interval in ("step", "epoch"):
                         for entry, twin in zip(entries, twins, strict=True):
@@ -213,7 +216,9 @@ def edge_ratio_at(
         settings: What will differ, from :meth:`SettingsAhead.after`.
         solve: Critical curvature -> edge ratio and mode there.
     """
-    r, mode, before = measurement.reading.edge_ratio, measurement.mode, measurement.curvature
+    r = measurement.reading.edge_ratio
+    mode = measurement.mode
+    before = measurement.curvature
     if settings is None or r is None or mode is None or before.c is None:
         return None
     there = critical_curvature(optimizers, settings=settings)
@@ -277,89 +282,66 @@ def _why_not(entries: Sequence[Any], position: Position) -> str | None:
     return None
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """Copy what a schedule can change by being stepped, once each.
+class _ScheduleCopies(Copies):
+    """Copies of what a schedule can change by being stepped.
 
     Not by copy.deepcopy: it keeps functions with their closures, and follows a bound method to the whole module.
     """
-    if value is None or isinstance(value, (bool, int, float, str, bytes, type, nn.Module)):
+
+    def _other(self, value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return value
+        if isinstance(value, Optimizer):
+            return self._optimizer(value)
+        if isinstance(value, (list, dict, deque)):  # subclasses
+            return self._container(value)
+        if isinstance(value, set):
+            return copy.copy(value)
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, self.of(value.__self__))
+        if isinstance(value, functools.partial):
+            return functools.partial(self.of(value.func), *self.of(value.args), **self.of(value.keywords))
+        if hasattr(value, "__dict__") and (isinstance(value, LRScheduler) or callable(value) or hasattr(value, "step")):
+            duplicate = copy.copy(value)
+            self._memo[id(value)] = duplicate
+            duplicate.__dict__.update({key: self.of(item) for key, item in vars(value).items()})
+            return duplicate
         return value
-    if id(value) in memo:
-        return memo[id(value)]
-    copies = next((make for kinds, make in _COPIES if isinstance(value, kinds)), None)
-    if copies is not None:
-        memo[id(value)] = copies(value, memo)
-    elif hasattr(value, "__dict__") and (isinstance(value, LRScheduler) or callable(value) or hasattr(value, "step")):
-        memo[id(value)] = duplicate = copy.copy(value)
-        duplicate.__dict__.update({key: _copied(item, memo) for key, item in vars(value).items()})
-    else:
-        memo[id(value)] = value
-    return memo[id(value)]
 
+    def _optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Return an optimizer of the same class with the same settings, no parameters, and no state."""
+        twin = type(optimizer).__new__(type(optimizer))
+        self._memo[id(optimizer)] = twin
 
-def _copied_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
-    """Return an optimizer of the same class with the same settings, no parameters, and no state."""
-    memo[id(optimizer)] = twin = type(optimizer).__new__(type(optimizer))
+        def step() -> None:
+            """Schedulers look whether the optimizer's step is wrapped and was called."""
 
-    def step() -> None:
-        """Schedulers look whether the optimizer's step is wrapped and was called."""
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        twin.__dict__.update(
+            defaults=self.of(optimizer.defaults),
+            state=defaultdict(dict),
+            param_groups=[
+                {key: [] if key == "params" else self.of(item) for key, item in group.items()}
+                for group in optimizer.param_groups
+            ],
+            step=step,
+            _opt_called=True,
+        )
+        return twin
 
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    groups = [{key: _copied(item, memo) for key, item in g.items() if key != "params"} for g in optimizer.param_groups]
-    twin.__dict__.update(
-        defaults=_copied(optimizer.defaults, memo),
-        state=defaultdict(dict),
-        param_groups=[group | {"params": []} for group in groups],
-        step=step,
-        _opt_called=True,
-    )
-    return twin
-
-
-def _copied_container(value: Any, memo: dict[int, Any]) -> Any:
-    memo[id(value)] = duplicate = copy.copy(value)  # before its items, so that cycles end
-    for key, item in value.items() if hasattr(value, "items") else enumerate(value):
-        duplicate[key] = _copied(item, memo)
-    return duplicate
-
-
-def _copied_tuple(value: Any, memo: dict[int, Any]) -> Any:
-    items = [_copied(item, memo) for item in value]
-    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-
-
-def _copied_function(value: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
-    cells = value.__closure__ or ()
-    fresh = [memo.setdefault(id(cell), types.CellType()) for cell in cells]
-    duplicate = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, tuple(fresh))
-    memo[id(value)] = duplicate  # before what it holds: a function can be in its own closure
-    duplicate.__defaults__, duplicate.__kwdefaults__ = (
-        _copied(value.__defaults__, memo),
-        _copied(value.__kwdefaults__, memo),
-    )
-    duplicate.__dict__.update(_copied(vars(value), memo))
-    for cell, new in zip(cells, fresh, strict=True):
-        try:
-            new.cell_contents = _copied(cell.cell_contents, memo)
-        except ValueError:  # a name that is not bound yet
-            continue
-    return duplicate
-
-
-def _copied_partial(value: functools.partial[Any], memo: dict[int, Any]) -> functools.partial[Any]:
-    keywords = {key: _copied(item, memo) for key, item in value.keywords.items()}
-    return functools.partial(_copied(value.func, memo), *(_copied(item, memo) for item in value.args), **keywords)
-
-
-_COPIES: list[tuple[Any, Callable[[Any, dict[int, Any]], Any]]] = [
-    (Optimizer, _copied_optimizer),
-    (Tensor, lambda value, memo: value.detach().clone()),
-    ((list, dict, OrderedDict, defaultdict, Counter, deque), _copied_container),
-    (tuple, _copied_tuple),
-    (types.FunctionType, _copied_function),
-    (types.MethodType, lambda value, memo: types.MethodType(value.__func__, _copied(value.__self__, memo))),
-    (functools.partial, _copied_partial),
-    (torch.Generator, lambda value, memo: value.clone_state()),
-    ((set, np.ndarray), lambda value, memo: copy.copy(value)),
-    ((random.Random, np.random.Generator, np.random.RandomState), lambda value, memo: copy.deepcopy(value)),
-]
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        cells = function.__closure__ or ()
+        fresh = tuple(self._memo.setdefault(id(cell), types.CellType()) for cell in cells)
+        duplicate = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, fresh)
+        self._memo[id(function)] = duplicate  # before what it holds: a function can be in its own closure
+        duplicate.__defaults__ = self.of(function.__defaults__)
+        duplicate.__kwdefaults__ = self.of(function.__kwdefaults__)
+        duplicate.__dict__.update(self.of(vars(function)))
+        for cell, new in zip(cells, fresh, strict=True):
+            try:
+                new.cell_contents = self.of(cell.cell_contents)
+            except ValueError:  # a name that is not bound yet
+                continue
+        return duplicate

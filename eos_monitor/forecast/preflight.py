@@ -87,7 +87,8 @@ class Preflight:
         return "\n".join([*self._verdict(), *self._evidence(), *self._limits()])
 
     def _verdict(self) -> list[str]:
-        first, lr = self.readings[0], _rates(self.lr)
+        first = self.readings[0]
+        lr = _rates(self.lr)
         if first.edge_ratio is None:
             return [f"lr {lr}: the edge is not known here ({'; '.join(first.notes) or 'no reading'})."]
         where = f"lr {lr} is {first.edge_ratio:.2g}× the full-batch edge at step 0"
@@ -204,15 +205,7 @@ def preflight(
     if not data:
         raise ValueError("Expected at least one batch, got none.")
     began = time.perf_counter()
-    ahead = SettingsAhead(schedulers or (), optimizers)
-
-    def settings(step: int) -> Settings | None:
-        found = ahead.after(step, Position(0))
-        if found is None:
-            raise ValueError(f"Expected schedulers that can be foreseen for {steps} steps. {ahead.why_not}")
-        return found
-
-    schedule = [settings(step) for step in range(steps + 1)]
+    schedule = _foreseen(schedulers or (), optimizers, steps)
 
     def start() -> FirstSteps:
         return FirstSteps(module, loss_fn, data, optimizers, rtol, batch_size_fn, full_batch)
@@ -233,18 +226,38 @@ def preflight(
             matvecs=run.matvecs,
         )
         if result.above and not result.scheduled and (result.edge_ratio or 0.0) > 1.0:
-            walk, climb = start(), start()
-            warmup = walk.walk_up(steps, schedule)
-            if warmup is not None and not climb.ramp_up(warmup, steps, schedule):
-                warmup = None
-            result = replace(
-                result,
-                warmup=warmup,
-                warmup_readings=tuple(walk.readings),
-                gradients=run.gradients + walk.gradients + climb.gradients,
-                matvecs=run.matvecs + walk.matvecs,
-            )
+            result = _with_warmup(result, start, steps, schedule)
     return replace(result, seconds=time.perf_counter() - began)
+
+
+def _foreseen(schedulers: Sequence[Any], optimizers: Sequence[Optimizer], steps: int) -> list[Settings]:
+    """Return the settings of each step and of the one after the last."""
+    ahead = SettingsAhead(schedulers, optimizers)
+    schedule = []
+    for step in range(steps + 1):
+        settings = ahead.after(step, Position(0))
+        if settings is None:
+            raise ValueError(f"Expected schedulers that can be foreseen for {steps} steps. {ahead.why_not}")
+        schedule.append(settings)
+    return schedule
+
+
+def _with_warmup(
+    result: Preflight, start: Callable[[], FirstSteps], steps: int, schedule: Sequence[Settings]
+) -> Preflight:
+    """Return the result with the length of a warm-up, if one is found."""
+    walk = start()
+    climb = start()
+    warmup = walk.walk_up(steps, schedule)
+    if warmup is not None and not climb.ramp_up(warmup, steps, schedule):
+        warmup = None
+    return replace(
+        result,
+        warmup=warmup,
+        warmup_readings=tuple(walk.readings),
+        gradients=result.gradients + walk.gradients + climb.gradients,
+        matvecs=result.matvecs + walk.matvecs,
+    )
 
 
 def _rates(lr: tuple[float, ...]) -> str:

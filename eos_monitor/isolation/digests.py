@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+_WORDS = 2**20  # that are weighted at a time
 _SCALARS = (type(None), bool, int, str, bytes, range, slice, torch.dtype, torch.device, type(Ellipsis))
 
 
@@ -28,14 +29,16 @@ def scalar_digest(value: Any) -> Any:
 
 def key_digest(value: Any) -> Any:
     """Return what a key or an entry of a set is compared by: its value if it is plain, else its identity."""
-    return scalar_digest(value) or (value if type(value) is tuple and all(map(scalar_digest, value)) else id(value))
+    if type(value) is tuple and all(map(scalar_digest, value)):
+        return value
+    return scalar_digest(value) or id(value)
 
 
 def generator_digest(value: Any) -> Any:
     """Return the state of a random generator; None for everything else."""
     kind = type(value)
     if issubclass(kind, torch.Generator):
-        return bytes_digest(value.get_state().numpy())
+        return frozen(value.get_state())
     if issubclass(kind, np.random.Generator):
         return frozen(value.bit_generator.state)
     if issubclass(kind, np.random.BitGenerator):
@@ -48,12 +51,12 @@ def generator_digest(value: Any) -> Any:
 
 
 def frozen(value: Any) -> Any:
-    """Return built-in containers and arrays as what can be compared with ==."""
+    """Return the state of a generator as what can be compared with ==."""
     if isinstance(value, dict):
         return tuple((key, frozen(item)) for key, item in value.items())
-    if isinstance(value, tuple):
+    if isinstance(value, (list, tuple)):
         return tuple(map(frozen, value))
-    return value.tobytes() if isinstance(value, np.ndarray) else value
+    return bytes_digest(value) if isinstance(value, (np.ndarray, Tensor)) else value
 
 
 def bytes_digest(array: Any) -> bytes:
@@ -62,26 +65,17 @@ def bytes_digest(array: Any) -> bytes:
     return hashlib.blake2b(flat.data, digest_size=16).digest()
 
 
-class WordSum:
-    """Sum of a byte tensor's 32-bit words, each times a random odd number, modulo 2⁶⁴; computed where the tensor is."""
-
-    _CHUNK = 2**20
-
-    def __init__(self, data: Tensor) -> None:
-        if data.storage_offset() % 4:
-            data = data.clone()  # words start at multiples of four
-        words = nn.functional.pad(data, (0, -data.numel() % 4)).view(torch.int32)
-        weights = _weights(self._CHUNK, data.device)
-        total = torch.zeros((), dtype=torch.int64, device=data.device)
-        for chunk in torch.split(words, self._CHUNK):
-            # Odd factors can be divided by, so that a single changed word always shows.
-            total = total * 6364136223846793005 + (chunk.long() * weights[: chunk.numel()]).sum()
-        self.pending, self.value = total, 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, WordSum) and other.value == self.value
-
-    __hash__ = None  # type: ignore[assignment]
+def word_sum(data: Tensor) -> int:
+    """Sum a byte tensor's 32-bit words, each times a random odd number, modulo 2⁶⁴; computed where the tensor is."""
+    if data.storage_offset() % 4:
+        data = data.clone()  # words start at multiples of four
+    words = nn.functional.pad(data, (0, -data.numel() % 4)).view(torch.int32)
+    weights = _weights(_WORDS, data.device)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for part in torch.split(words, _WORDS):
+        # Odd factors can be divided by, so that a single changed word always shows.
+        total = total * 6364136223846793005 + (part.long() * weights[: part.numel()]).sum()
+    return int(total)
 
 
 @functools.lru_cache(maxsize=16)  # one a device
@@ -91,7 +85,7 @@ def _weights(n: int, device: torch.device) -> Tensor:
 
 
 def content_digest(value: Tensor) -> Any:
-    """Digest a tensor's content; None if it is not laid out as bytes. On accelerators it is still to be fetched."""
+    """Digest a tensor's content; None if it is not laid out as bytes."""
     value = value.detach()
     if value.layout == torch.sparse_coo:
         return content_digest(value._indices()), content_digest(value._values())
@@ -101,4 +95,4 @@ def content_digest(value: Tensor) -> Any:
         data = value.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     except (RuntimeError, NotImplementedError):
         return None  # quantized, nested, sharded
-    return bytes_digest(data.numpy()) if data.device.type == "cpu" else WordSum(data)
+    return bytes_digest(data.numpy()) if data.device.type == "cpu" else word_sum(data)

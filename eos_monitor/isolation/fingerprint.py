@@ -1,14 +1,14 @@
 """Fingerprints of a run's state: what a reading changed although it must not, and where.
 
 The sandbox isolates what hangs on a module as a tensor, array, generator or built-in container. Behind an object of
-any other kind it can isolate nothing, but what changed there can be seen. Looking runs no code of the user's: no
+any other kind it can isolate nothing, but what changed there can be seen. Reading runs no code of the user's: no
 property, no ``__getattr__``, no ``__iter__``; instances are read from their ``__dict__`` and slots.
 """
 
 from __future__ import annotations
 
 import io
-import random
+import math
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,17 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eos_monitor.isolation.anatomy import (
-    Children,
-    attributes,
-    is_library,
-    is_machinery,
-    look_at_module,
-    look_at_object,
-    look_at_special,
-)
 from eos_monitor.isolation.digests import (
-    WordSum,
     bytes_digest,
     content_digest,
     frozen,
@@ -38,6 +28,16 @@ from eos_monitor.isolation.digests import (
     key_digest,
     scalar_digest,
 )
+from eos_monitor.isolation.referents import (
+    Referents,
+    attributes,
+    is_library,
+    is_machinery,
+    read_module,
+    read_object,
+    read_special,
+)
+from eos_monitor.isolation.sandbox import random_states
 
 MAX_BYTES = 64 * 2**20  # of tensors, arrays and byte strings behind one attribute
 MAX_ENTRIES = 20_000  # of containers and objects behind one attribute
@@ -73,69 +73,63 @@ def fingerprint(
     also: Mapping[str, Any] | None = None,
     leave_out: Iterable[Any] = (),
 ) -> Fingerprint:
-    """Look at a module, its optimizers and the global random generators, through all that hangs on them.
+    """Digest a module, its optimizers and the global random generators, with all that can be reached from them.
 
     Parameters, buffers, gradients and optimizer state are compared whole. Behind each other attribute up to 64 MB of
     tensors and arrays and 20,000 entries are compared by content, what exceeds that by identity and version counter.
 
     Args:
-        module: Module to look at, with its sub-modules.
-        optimizers: Optimizers to look at.
+        module: Module, with its sub-modules.
+        optimizers: Its optimizers.
         also: Other objects, by name.
-        leave_out: Objects that are not looked into.
+        leave_out: Objects that are not read.
     """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # pickling support of itertools is deprecated
-        walk = _Walk(leave_out)
+        traversal = _Traversal(leave_out)
         modules = dict(_registered(module))
         # These first, so that a tensor goes by the name that users know it by, and counts against no bound.
         for place, child in modules.items():
             for name, tensor in [*child._parameters.items(), *child._buffers.items()]:
-                walk.visit(_join(place, name), tensor, _Budget(None, None))
+                traversal.visit(_join(place, name), tensor, _Budget(math.inf, math.inf))
         for i, optimizer in enumerate(optimizers):
             place = "optimizer" if len(optimizers) == 1 else f"optimizers[{i}]"
-            walk.visit(f"{place}.state", optimizer.state, _Budget(None, None))
-            walk.visit(f"{place}.param_groups", optimizer.param_groups, _Budget(None, None))
-            walk.visit(place, optimizer)
+            traversal.visit(f"{place}.state", optimizer.state, _Budget(math.inf, math.inf))
+            traversal.visit(f"{place}.param_groups", optimizer.param_groups, _Budget(math.inf, math.inf))
+            traversal.visit(place, optimizer)
         for place, child in modules.items():
-            walk.visit_module(place, child)
+            traversal.visit_module(place, child)
         for name, value in (also or {}).items():
-            walk.visit(name, value)
-        walk.visit_generators()
-        return walk.finish()
+            traversal.visit(name, value)
+        traversal.visit_generators()
+        return traversal.fingerprint()
 
 
 class _Budget:
-    """What may still be compared by content; None for all."""
+    """What may still be compared by content."""
 
-    def __init__(self, entries: int | None = MAX_ENTRIES, nbytes: int | None = MAX_BYTES) -> None:
-        self._entries, self._nbytes = entries, nbytes
+    def __init__(self, entries: float = MAX_ENTRIES, nbytes: float = MAX_BYTES) -> None:
+        self._entries = entries
+        self._nbytes = nbytes
 
-    def take_entries(self, n: int) -> bool:
-        if self._entries is None:
-            return True
-        if n > self._entries:
+    def take(self, *, entries: int = 0, nbytes: int = 0) -> bool:
+        """Take from what is left; False if it is too little."""
+        if entries > self._entries or nbytes > self._nbytes:
             return False
-        self._entries -= n
-        return True
-
-    def take_bytes(self, n: int) -> bool:
-        if self._nbytes is None:
-            return True
-        if n > self._nbytes:
-            return False
-        self._nbytes -= n
+        self._entries -= entries
+        self._nbytes -= nbytes
         return True
 
 
-class _Walk:
+class _Traversal:
+    """Digests of all that was reached so far, each object visited once."""
+
     def __init__(self, leave_out: Iterable[Any]) -> None:
         self._digests: dict[str, Any] = {}
         self._uncovered: list[str] = []
         self._alive: list[Any] = list(leave_out)
         self._seen: dict[int, Any] = {id(value): "left out" for value in self._alive}
         self._names: dict[int, str] = {}
-        self._sums: list[WordSum] = []
 
     def visit(self, place: str, value: Any, budget: _Budget | None = None) -> None:
         """Digest a value and what can be reached from it, nearest first."""
@@ -149,66 +143,54 @@ class _Walk:
             elif id(value) in self._seen:
                 self._digests[place] = self._seen[id(value)]
             else:
-                # Before its children, so that cycles end.
+                # Before its referents, so that cycles end.
                 self._alive.append(value)
                 self._names[id(value)] = place
-                digest, children = self._look(place, value, budget)
+                digest, referents = self._read(place, value, budget)
                 self._seen[id(value)] = self._digests[place] = digest
                 if depth < _MAX_DEPTH:
-                    queue.extend((place + suffix, child, depth + 1) for suffix, child in children)
-                elif children:
+                    queue.extend((place + suffix, item, depth + 1) for suffix, item in referents)
+                elif referents:
                     self._uncovered.append(place)
 
     def visit_module(self, place: str, module: nn.Module) -> None:
         """Digest a registered module; each of its attributes has a budget of its own."""
         self._alive.append(module)
-        digest, children = look_at_module(module)
+        digest, referents = read_module(module)
         self._seen[id(module)] = digest
         self._digests[place or "the module"] = digest
-        for suffix, value in children:
+        for suffix, value in referents:
             # Registered children have their own turn.
             if suffix[1:] not in module._modules:
                 self.visit((place + suffix).removeprefix("."), value)
         self._visit_class(type(module))
 
     def visit_generators(self) -> None:
-        self._digests["the random state of torch"] = bytes_digest(torch.get_rng_state().numpy())
-        self._digests["the random state of numpy"] = frozen(np.random.get_state())  # noqa: NPY002
-        self._digests["the random state of python"] = random.getstate()
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            states = torch.cuda.get_rng_state_all()
-            self._digests["the random state of cuda"] = [bytes_digest(state.numpy()) for state in states]
-        if torch.backends.mps.is_available():
-            self._digests["the random state of mps"] = bytes_digest(torch.mps.get_rng_state().numpy())
+        """Digest the global random generators."""
+        for name, state in random_states().items():
+            self._digests[f"the random state of {name}"] = frozen(state)
 
-    def finish(self) -> Fingerprint:
-        # One synchronization a device for all of its tensors.
-        by_device: dict[torch.device, list[WordSum]] = {}
-        for entry in self._sums:
-            by_device.setdefault(entry.pending.device, []).append(entry)
-        for entries in by_device.values():
-            for entry, value in zip(entries, torch.stack([e.pending for e in entries]).tolist(), strict=True):
-                entry.value = value
-                entry.pending = torch.empty(0)
+    def fingerprint(self) -> Fingerprint:
+        """Return what was found."""
         return Fingerprint(self._digests, tuple(dict.fromkeys(self._uncovered)), self._alive)
 
     # ------------------------------------------------------------------ one value
 
-    def _look(self, place: str, value: Any, budget: _Budget) -> tuple[Any, Children]:
-        """Return the digest of a value without what hangs on it, and what hangs on it."""
+    def _read(self, place: str, value: Any, budget: _Budget) -> tuple[Any, Referents]:
+        """Return the digest of a value without its referents, and the referents."""
         kind: Any = type(value)
         # By the type, not by isinstance, which asks the object for its __class__: that may be a property.
         if issubclass(kind, Tensor):
-            return self._look_at_tensor(place, value, budget)
+            return self._tensor(place, value, budget)
         if issubclass(kind, np.ndarray) and value.dtype != object:
-            return self._look_at_array(place, value, budget)
+            return self._array(place, value, budget)
         if issubclass(kind, (list, tuple, deque, dict, set, frozenset, np.ndarray)):
-            return self._look_at_container(place, value, budget)
+            return self._container(place, value, budget)
         if issubclass(kind, bytearray):
-            return self._look_at_array(place, np.frombuffer(bytes(value), np.uint8), budget)
+            return self._array(place, np.frombuffer(bytes(value), np.uint8), budget)
         if issubclass(kind, nn.Module):
             self._visit_class(kind)
-            return self._counted(place, look_at_module(value), budget)
+            return self._within(budget, place, read_module(value))
         if is_machinery(kind):
             return ("left out", id(value)), ()
         generator = generator_digest(value)
@@ -219,20 +201,21 @@ class _Walk:
             return ("class", id(value)), ()
         if issubclass(kind, io.TextIOWrapper):
             self._uncovered.append(place)
-        special = look_at_special(value)
+        special = read_special(value)
         if special is None:
             self._visit_class(kind)
-            special = look_at_object(value)
-        return self._counted(place, special, budget)
+            special = read_object(value)
+        return self._within(budget, place, special)
 
-    def _counted(self, place: str, seen: tuple[Any, Children], budget: _Budget) -> tuple[Any, Children]:
-        digest, children = seen[0], list(seen[1])
-        if budget.take_entries(len(children)):
-            return digest, children
+    def _within(self, budget: _Budget, place: str, read: tuple[Any, Referents]) -> tuple[Any, Referents]:
+        """Return what was read of an object, without its referents where they are too many."""
+        referents = list(read[1])
+        if budget.take(entries=len(referents)):
+            return read[0], referents
         self._uncovered.append(place)
-        return digest, ()
+        return read[0], ()
 
-    def _look_at_tensor(self, place: str, value: Tensor, budget: _Budget) -> tuple[Any, Children]:
+    def _tensor(self, place: str, value: Tensor, budget: _Budget) -> tuple[Any, Referents]:
         with torch._C.DisableTorchFunctionSubclass():
             held = list(attributes(value))
             if nn.parameter.is_lazy(value):
@@ -242,34 +225,34 @@ class _Walk:
             gradient = [(".grad", value.grad)] if value.is_leaf else []
             facts = (value.dtype, tuple(value.shape), value.device, value.requires_grad, version)
             nbytes = value._values().nbytes if value.layout == torch.sparse_coo else value.nbytes
-            content = content_digest(value) if budget.take_bytes(nbytes) else None
-            self._sums += [c for c in (content if type(content) is tuple else (content,)) if type(c) is WordSum]
+            content = content_digest(value) if budget.take(nbytes=nbytes) else None
             if content is None:
                 self._uncovered.append(place)
                 content = id(value)
             return (*facts, content), [*gradient, *held]
 
-    def _look_at_array(self, place: str, value: Any, budget: _Budget) -> tuple[Any, Children]:
+    def _array(self, place: str, value: Any, budget: _Budget) -> tuple[Any, Referents]:
         array = np.ndarray.view(value, np.ndarray)
-        covered = budget.take_bytes(array.nbytes)
+        covered = budget.take(nbytes=array.nbytes)
         if not covered:
             self._uncovered.append(place)
         content = bytes_digest(array) if covered else id(value)
         return (array.dtype, array.shape, content), list(attributes(value))
 
-    def _look_at_container(self, place: str, value: Any, budget: _Budget) -> tuple[Any, Children]:
+    def _container(self, place: str, value: Any, budget: _Budget) -> tuple[Any, Referents]:
         kind = type(value)
         keys: list[Any] | None = None
         # By the methods of the built-in type: a subclass may have its own.
         if issubclass(kind, dict):
             pairs = list((OrderedDict if issubclass(kind, OrderedDict) else dict).items(value))
-            keys, items = [key for key, _ in pairs], [item for _, item in pairs]
+            keys = [key for key, _ in pairs]
+            items = [item for _, item in pairs]
         elif issubclass(kind, np.ndarray):
             items = list(np.ndarray.flatten(value))  # of dtype object
         else:
             base: Any = next(base for base in (list, tuple, deque, set, frozenset) if issubclass(kind, base))
             items = list(base.__iter__(value))
-        if not budget.take_entries(len(items)):
+        if not budget.take(entries=len(items)):
             self._uncovered.append(place)
             self._alive.append((keys, items))
             return (kind, len(items), tuple(map(id, items))), ()
@@ -300,8 +283,9 @@ class _Walk:
                     self.visit(f"{cls.__qualname__.split('.')[-1]}.{name}", value)
 
 
-def _registered(module: nn.Module, place: str = "") -> Iterator[tuple[str, nn.Module]]:
-    seen, queue = set(), deque([(place, module)])
+def _registered(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[int] = set()
+    queue = deque([("", module)])
     while queue:
         place, module = queue.popleft()
         if id(module) not in seen:

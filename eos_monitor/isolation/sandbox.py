@@ -8,10 +8,9 @@ neither ``.grad`` nor any gradient hook of the user is reached; backward hooks o
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -23,11 +22,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eos_monitor.isolation.batches import clone_batch, map_batch
+from eos_monitor.isolation.copies import Copies, cast
 
 LossFn = Callable[[Any, Any], Tensor]  # loss_fn(module, batch) -> scalar mean loss
-
-_CONTAINERS = (list, deque, dict, OrderedDict, defaultdict, Counter)
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
 class Sandbox:
@@ -60,7 +57,9 @@ class Sandbox:
                 f"Expected eager sub-modules, got TorchScript in {scripted[0] or 'the root'!r}, whose parameters "
                 "cannot be swapped. Pass the module from before scripting."
             )
-        self._module, self._overrides, self._seed = module, overrides, seed
+        self._module = module
+        self._overrides = overrides
+        self._seed = seed
         self._originals: list[tuple[nn.Module, dict[str, Any]]] = []
         self._parameters: list[Tensor] = []  # the live ones: during an evaluation the module holds stand-ins
         self._stack = ExitStack()
@@ -107,16 +106,17 @@ class Sandbox:
             stream: Number of the random stream (one per micro-batch, so that their dropout masks differ).
             dtype: Floating-point type that buffers, attributes and the batch are cast to; None leaves them.
         """
-        memo: dict[int, Any] = {id(p): _cast(p.detach(), dtype) for p in self._parameters}
+        memo: dict[int, Any] = {id(p): cast(p.detach(), dtype) for p in self._parameters}
         memo |= {id(live): stand_in for live, stand_in in parameters.items()}
+        copies = Copies(memo, dtype)
         for module, original in self._originals:
-            _replace_attributes(module, {name: _copy(value, memo, dtype) for name, value in original.items()})
+            _replace_attributes(module, {name: copies.of(value) for name, value in original.items()})
         for module, _ in self._originals:
             # Backward hooks watch training's own backward passes, and a reading is full of others.
             module.__dict__.update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
             module.__dict__.update(self._overrides(module) if self._overrides else {})
         _seed_everything(self._seed + stream)
-        return loss_fn(self._module, map_batch(clone_batch(batch), lambda x: _cast(x, dtype)))
+        return loss_fn(self._module, map_batch(clone_batch(batch), lambda x: cast(x, dtype)))
 
     def _restore(self) -> None:
         for module, original in self._originals:
@@ -139,20 +139,28 @@ def check_loss(loss: Any, *, finite: bool = True) -> Tensor:
 @contextmanager
 def preserve_rng() -> Iterator[None]:
     """Put the global generators of torch, NumPy and Python back on exit."""
-    cpu, legacy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    # Touching CUDA before the user does would initialise it.
-    cuda = torch.cuda.get_rng_state_all() if _cuda_is_live() else None
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    states = random_states()
     try:
         yield
     finally:
-        torch.set_rng_state(cpu)
-        np.random.set_state(legacy)  # noqa: NPY002
-        random.setstate(python)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
+        torch.set_rng_state(states["torch"])
+        np.random.set_state(states["numpy"])  # noqa: NPY002
+        random.setstate(states["python"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state_all(states["cuda"])
+        if "mps" in states:
+            torch.mps.set_rng_state(states["mps"])
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of the global generators, by the name of what draws from them."""
+    states = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}  # noqa: NPY002
+    # Touching CUDA before the user does would initialise it.
+    if _cuda_is_live():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
 
 
 def _cuda_is_live() -> bool:
@@ -184,44 +192,3 @@ def _replace_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> Non
     # Not by setattr: modules, metrics and compiled modules override it.
     module.__dict__.clear()
     module.__dict__.update(attributes)
-
-
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    return value.to(dtype)
-
-
-def _copy(value: Any, memo: dict[int, Any], dtype: torch.dtype | None) -> Any:
-    """Copy tensors, arrays, generators and built-in containers, once each; anything else is shared."""
-    if value is None or isinstance(value, (bool, int, float, str, bytes, type)):
-        return value
-    if id(value) in memo:
-        return memo[id(value)]
-    if type(value) in _CONTAINERS:
-        memo[id(value)] = duplicate = copy.copy(value)
-        # An index is the key of a list or deque; entered before its items are copied, so that cycles end.
-        for key, item in value.items() if hasattr(value, "items") else enumerate(value):
-            duplicate[key] = _copy(item, memo, dtype)
-        return duplicate
-    memo[id(value)] = duplicate = _copy_leaf(value, memo, dtype)
-    return duplicate
-
-
-def _copy_leaf(value: Any, memo: dict[int, Any], dtype: torch.dtype | None) -> Any:
-    if isinstance(value, Tensor):
-        if nn.parameter.is_lazy(value):
-            return value
-        return _cast(value.detach().clone(), dtype).requires_grad_(value.requires_grad)
-    if isinstance(value, tuple):
-        items = [_copy(item, memo, dtype) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if type(value) in (set, bytearray):
-        return copy.copy(value)
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if isinstance(value, torch.Generator):
-        return value.clone_state()
-    if isinstance(value, _GENERATORS):
-        return copy.deepcopy(value)
-    return value

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from eos_monitor.curvature.norms import quadratic_form
 from eos_monitor.limits.thresholds import CriticalCurvature, critical_curvature
 
 _SOLVES = 12
-_SLICE = 1 << 18
 
 # critical curvature -> (edge ratio there, its mode x in parameter space with xᵀ C x = 1)
 Solve = Callable[[CriticalCurvature], tuple[float, Tensor]]
@@ -34,9 +34,14 @@ def edge_scale(
     """
     if r <= 0.0:
         return None
-    s, low, high = 1.0, 0.0, math.inf  # r grows with s: the edge is between low and high
+    s = 1.0
+    low = 0.0  # r grows with s: the edge is between low and high
+    high = math.inf
     for _ in range(_SOLVES):
-        low, high = (s, high) if r < 1.0 else (low, s)
+        if r < 1.0:
+            low = s
+        else:
+            high = s
         found = edge_scale_along(mode, r, optimizers, s=s)
         if found is None:
             return None
@@ -53,7 +58,8 @@ def edge_scale(
         if bend(curvature.c, there.c) ** 2 <= 1e-2 * rtol:
             return found
         r, mode = solve(there)
-        s, curvature = found, there
+        s = found
+        curvature = there
     return None
 
 
@@ -78,11 +84,15 @@ def edge_scale_along(mode: Tensor, r: float, optimizers: Sequence[Optimizer], *,
     miss_b = miss(b)
     if abs(miss_b) <= rounding * b:
         return b
-    a, miss_a = b / 2, miss(b / 2)
+    a = b / 2
+    miss_a = miss(a)
     for _ in range(8):
         if miss_a == miss_b:
             return None
-        a, miss_a, b = b, miss_b, b - miss_b * (b - a) / (miss_b - miss_a)
+        root = b - miss_b * (b - a) / (miss_b - miss_a)
+        a = b
+        miss_a = miss_b
+        b = root
         if not 0.0 < b < math.inf:
             return None
         miss_b = miss(b)
@@ -93,19 +103,10 @@ def edge_scale_along(mode: Tensor, r: float, optimizers: Sequence[Optimizer], *,
 
 def bend(c: Tensor, other: Tensor) -> float:
     """Return how far one is from a multiple of the other, relatively, where they are finite."""
-    c, other = shortened(c), shortened(other)
+    c = shortened(c)
+    other = shortened(other)
     if len(c) == len(other) == 1:
         return 0.0
     factors = c / other
     least, most = (float(bound) for bound in torch.aminmax(factors[torch.isfinite(factors)]))
     return most / least - 1
-
-
-def quadratic_form(c: Tensor, x: Tensor) -> float:
-    """Return xᵀ C x in double precision, without the coordinates whose c is infinite (their x is 0)."""
-    total = 0.0
-    for part in range(0, len(x), _SLICE):  # a double-precision copy of a long vector costs more than the sum
-        weights = x[part : part + _SLICE].double().square()
-        terms = weights * (c if len(c) == 1 else c[part : part + _SLICE].double())
-        total += float(torch.where(weights > 0.0, terms, 0.0).sum())
-    return total

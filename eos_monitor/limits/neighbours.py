@@ -13,17 +13,14 @@ Weight averaging (EMA, SWA) beside an optimizer feeds nothing back and changes n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from eos_monitor.limits import rules
-from eos_monitor.limits.thresholds import _FINDERS, Group, Limit, Rule, Source, source_of
-
-State = Mapping[str, Any]
+from eos_monitor.limits.thresholds import Group, Limit, Rule, Source, State, register_finder, source_of
 
 
 class Neighbour(NamedTuple):
@@ -80,10 +77,7 @@ def rmsprop_tf(group: Group, param: Tensor, state: State) -> Limit:
 
     Source: derived here. Experimental: v starts at 1 and forgets it as αᵗ.
     """
-    second_moment = state["square_avg"].double()
-    if group["centered"]:
-        second_moment = (second_moment - state["grad_avg"].double().square()).clamp(min=0.0)
-    preconditioner = (second_moment + group["eps"]).sqrt()
+    preconditioner = (rules.squared_average(group, state) + group["eps"]).sqrt()
     response = 1 / (1 + group["momentum"])
     ready = rules.old_enough(float(state["step"]), group["momentum"])
     if group["decoupled_decay"]:
@@ -141,7 +135,7 @@ def _schedule_free_step(group: Group) -> tuple[float, float]:
 
 
 def _schedule_free_response(weight: float, beta: float) -> float:
-    """T over 1 − c/2: at the flip z = lr·g/2, and (2 − c)·y = lr·g·(1 − β(1−c) − c/2)."""
+    """Return T over 1 − c/2: at the flip z = lr·g/2, and (2 − c)·y = lr·g·(1 − β(1−c) − c/2)."""
     return (1 - beta * (1 - weight) - weight / 2) / (1 - weight / 2)
 
 
@@ -308,4 +302,5 @@ def clipped_ratio(edge_ratio: float, *, clip_norm: float, grad_norm: float) -> f
     return edge_ratio * min(1.0, clip_norm / grad_norm) if grad_norm else edge_ratio
 
 
-_FINDERS.extend([unwrapped, neighbour])
+register_finder(unwrapped)
+register_finder(neighbour)

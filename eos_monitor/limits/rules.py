@@ -12,15 +12,11 @@ The first line of each rule's docstring is its formula; ``Source:`` and ``Experi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from eos_monitor.limits.thresholds import Group, Limit, Rule, register_critical_curvature
-
-State = Mapping[str, Any]
+from eos_monitor.limits.thresholds import Group, Limit, Rule, State, register_critical_curvature
 
 
 def flip(
@@ -35,7 +31,9 @@ def flip(
         decoupled: Weight decay wd that shrinks the parameters beside the step.
         ready: Whether the state means something.
     """
-    lr, shrinking, note = group["lr"], 2.0 - group["lr"] * decoupled, None
+    lr = group["lr"]
+    shrinking = 2.0 - lr * decoupled
+    note = None
     if shrinking <= 0.0:
         note = f"weight decay alone is unstable: lr · weight_decay = {lr * decoupled:.3g} is past its limit of 2"
         shrinking = min(shrinking, -torch.finfo(torch.float64).eps)
@@ -69,6 +67,14 @@ def with_decay(group: Group, limit: Limit) -> Limit:
 def root(second_moment: Tensor) -> Tensor:
     """Return the square root in double precision."""
     return second_moment.double().sqrt()
+
+
+def squared_average(group: Group, state: State) -> Tensor:
+    """Return RMSprop's average of squared gradients, less the square of their average where it is centered."""
+    second_moment: Tensor = state["square_avg"].double()
+    if group["centered"]:
+        second_moment = (second_moment - state["grad_avg"].double().square()).clamp(min=0.0)
+    return second_moment
 
 
 @register_critical_curvature(torch.optim.SGD)
@@ -202,12 +208,10 @@ def rmsprop(group: Group, param: Tensor, state: State) -> Limit | None:
     """
     if "square_avg" not in state:
         return None
-    second_moment = state["square_avg"].double()
-    if group["centered"]:
-        second_moment = (second_moment - state["grad_avg"].double().square()).clamp(min=0.0)
+    preconditioner = squared_average(group, state).sqrt() + group["eps"]
     momentum = group["momentum"]
     ready = old_enough(float(state["step"]), momentum)
-    return with_decay(group, flip(group, 1 / (1 + momentum), second_moment.sqrt() + group["eps"], ready=ready))
+    return with_decay(group, flip(group, 1 / (1 + momentum), preconditioner, ready=ready))
 
 
 @register_critical_curvature(torch.optim.Adagrad)
@@ -247,9 +251,11 @@ def adafactor(group: Group, param: Tensor, state: State) -> Limit | None:
         return None
     floor, least_rms = group["eps"]
     floor = torch.finfo(param.dtype).eps if floor is None else floor
-    steps, lr = float(state["step"]), group["lr"]
+    steps = float(state["step"])
+    lr = group["lr"]
     if "row_var" in state:
-        rows, columns = state["row_var"].double(), state["col_var"].double()
+        rows = state["row_var"].double()
+        columns = state["col_var"].double()
         second_moment = rows @ columns / rows.mean(dim=-2, keepdim=True).clamp(min=floor)
     else:
         second_moment = state["variance"].double()

@@ -1,4 +1,4 @@
-"""Hold a registered critical curvature against the optimizer itself."""
+"""Comparison of a registered critical curvature with the optimizer itself."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from eos_monitor.limits.thresholds import CriticalCurvature, critical_curvature
 _SHAPES = (((1,), (1,)), ((3,), (2, 2)))
 _PROBE = 1e-6  # of gradients and momentum, far below what the state has seen, so that no clip acts
 _EXACT = 1e-6  # what counts as linear, odd or even
-_LEAST, _MOST = 1e-12, 1e12  # λ_max(H) between which the edge is looked for
+# λ_max(H) between which the edge is looked for.
+_LEAST = 1e-12
+_MOST = 1e12
 
 
 @dataclass(frozen=True)
 class ThresholdCheck:
-    """How far a registered critical curvature is off.
+    """Comparison of a registered critical curvature with the optimizer's own edge.
 
     Attributes:
         optimizer: Name of the optimizer's class.
@@ -114,7 +116,7 @@ def check_critical_curvature(
     for shapes in _SHAPES:
         for seed in seeds:
             with preserve_rng(), torch.inference_mode(False), torch.enable_grad():
-                rows.append(_Specimen(optimizer_factory, shapes, steps, seed).check())
+                rows.append(_AgedOptimizer(optimizer_factory, shapes, steps, seed).check())
     return ThresholdCheck(
         optimizer=rows[0].optimizer,
         predicted=tuple(row.predicted for row in rows),
@@ -142,7 +144,7 @@ class _Place(NamedTuple):
     key: str
 
 
-class _Specimen:
+class _AgedOptimizer:
     """An optimizer with an aged state on a random quadratic, whose next step can be taken again and again."""
 
     def __init__(
@@ -327,7 +329,7 @@ class _Specimen:
 
 
 class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Undo, after each operation, what it wrote into some tensors."""
+    """Tensors that keep their values whatever operations write into them."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -353,19 +355,24 @@ def _first_unstable(radius: Callable[[float], float]) -> float:
     def unstable(scale: float) -> bool:
         return radius(scale) > 1.0 + 1e-9  # its rounding
 
-    low, high = _LEAST, 4 * _LEAST
+    low = _LEAST
+    high = 4 * _LEAST
     while not unstable(high):
-        low, high = high, 4 * high
+        low = high
+        high = 4 * high
         if high > _MOST:
             return math.inf
     for _ in range(48):
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if unstable(middle) else (middle, high)
+        if unstable(middle):
+            high = middle
+        else:
+            low = middle
     return high
 
 
 def _random_hessian(n: int, generator: torch.Generator) -> Tensor:
-    """Positive definite with λ_max = 1 and eigenvalues over a decade."""
+    """Return a positive definite matrix with λ_max = 1 and eigenvalues over a decade."""
     q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
     hessian: Tensor = q @ torch.diag(10 ** torch.linspace(-1, 0, n, dtype=torch.float64)) @ q.T
     return hessian

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from eos_monitor.isolation.twin import as_list
 
 Group = Mapping[str, Any]
+State = Mapping[str, Any]
 
 
 class Limit(NamedTuple):
@@ -44,13 +45,13 @@ class Limit(NamedTuple):
     note: str | None = None
 
 
-Rule = Callable[[Group, Tensor, Mapping[str, Any]], Any]
+Rule = Callable[[Group, Tensor, State], Any]
 _R = TypeVar("_R", bound=Rule)
 _RULES: dict[type[Optimizer], Rule] = {}
 
 
 class Source(NamedTuple):
-    """How to read an optimizer.
+    """Rule and state by which an optimizer is read.
 
     Attributes:
         rule: What gives the critical curvature of a parameter; None if nothing is known.
@@ -65,8 +66,8 @@ class Source(NamedTuple):
     note: str | None = None
 
 
-# Asked in turn about an optimizer whose class has no rule.
-_FINDERS: list[Callable[[Optimizer], Source | None]] = []
+Finder = Callable[[Optimizer], Source | None]
+_FINDERS: list[Finder] = []
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,11 @@ def register_critical_curvature(optimizer_class: type[Optimizer]) -> Callable[[_
     return register
 
 
+def register_finder(find: Finder) -> None:
+    """Ask a function, after those registered before it, how to read an optimizer whose class has no rule."""
+    _FINDERS.append(find)
+
+
 def critical_curvature(
     optimizers: Optimizer | Iterable[Optimizer],
     *,
@@ -141,7 +147,7 @@ def critical_curvature(
 ) -> CriticalCurvature:
     """Read the critical curvature of every trained coordinate from one or several optimizers.
 
-    An optimizer that is neither registered nor recognized (``stability.neighbours``) has no threshold: nothing is
+    An optimizer that is neither registered nor recognized (``limits.neighbours``) has no threshold: nothing is
     guessed. Where the state is adaptive, what is read is the edge at that state: it moves with it.
 
     Args:
@@ -212,7 +218,8 @@ def _entries(
 ) -> Iterable[_Entry]:
     seen: dict[int, str] = {}
     for o, optimizer in enumerate(optimizers):
-        source, kind = source_of(optimizer), type(optimizer).__name__
+        source = source_of(optimizer)
+        kind = type(optimizer).__name__
         for g, group in enumerate(optimizer.param_groups):
             settings = {**source.attributes, **_plain(group), **(_plain(ahead[o][g]) if ahead is not None else {})}
             if "lr" in settings:
@@ -240,22 +247,27 @@ def _entries(
                 )
 
 
+def steps_as(optimizer: Optimizer, cls: type[Optimizer]) -> bool:
+    """Whether an optimizer steps as ``cls`` does: a subclass with a step of its own is another optimizer."""
+    # Unwrapped, because torch wraps `step` in a profiler hook.
+    return isinstance(optimizer, cls) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(cls.step)
+
+
 def source_of(optimizer: Optimizer) -> Source:
     """Return how an optimizer is read: by the rule of its class, or as what it wraps or resembles."""
     cls = next((cls for cls in type(optimizer).__mro__ if cls in _RULES), None)
-    # A subclass with a step of its own is another optimizer. Unwrapped, because torch wraps `step` in a profiler hook.
-    if cls is not None and inspect.unwrap(type(optimizer).step) is inspect.unwrap(cls.step):
+    if cls is not None and steps_as(optimizer, cls):
         return Source(_RULES[cls], optimizer.state)
     found = (find(optimizer) for find in _FINDERS)
     return next((source for source in found if source is not None), Source(None, optimizer.state))
 
 
-def _later(state: Mapping[str, Any], steps: int) -> Mapping[str, Any]:
+def _later(state: State, steps: int) -> State:
     """Return a parameter's state with its step count moved on, all else as it stands."""
     return {**state, "step": float(state["step"]) + steps} if steps and "step" in state else state
 
 
-def _limit(rule: Rule | None, group: Group, param: Tensor, state: Mapping[str, Any]) -> Limit | str | None:
+def _limit(rule: Rule | None, group: Group, param: Tensor, state: State) -> Limit | str | None:
     found = "" if rule is None else rule(group, param, state)
     if found is None or isinstance(found, (str, Limit)):
         return found

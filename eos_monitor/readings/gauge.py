@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eos_monitor.curvature.hessian import FiniteDifferenceStep, HessianOperator, SumOverRanks
+from eos_monitor.curvature.finite_differences import FiniteDifferenceStep
+from eos_monitor.curvature.hessian import HessianOperator, SumOverRanks
 from eos_monitor.isolation.sandbox import LossFn, Sandbox, preserve_rng
 from eos_monitor.isolation.twin import as_list, trained_parameters
 from eos_monitor.limits.edge_scale import edge_scale, shortened
@@ -82,7 +83,7 @@ class Gauge:
         with preserve_rng():  # a DataLoader's iterator draws its seed from the global generator
             probe = list(batches)
         subject = Subject(module, loss_fn, probe, optimizers, self._batch_size_fn, sandbox, sum_over_ranks)
-        curvature, operator = subject.prepare(self._settings.method)
+        curvature, operator = subject.prepare(self._settings.method, self._step)
         reading = StabilityReading(
             step=step,
             loss=None,
@@ -93,7 +94,6 @@ class Gauge:
             ready=curvature.ready,
         )
         mode = None
-        operator.step = self._step
         with operator:
             if curvature.ready and _can_move(curvature) and not self.products_are_wrong:
                 reading, mode = self._with_edge(reading, operator, curvature, optimizers)
@@ -135,7 +135,7 @@ class Gauge:
         """Return the eigenpairs that were asked for."""
         edge = EdgeOperator(operator, curvature)
         if operator.method == "fd" and operator.step is None:
-            operator.step = operator.calibrate(self._random.vector(operator))
+            operator.calibrate(self._random.vector(operator))
         return self._edge_solver.solve_near_edge(edge) if self._settings.k == "edge" else self._edge_solver.solve(edge)
 
     def _sampling_error(self, solution: Solution) -> SamplingError:

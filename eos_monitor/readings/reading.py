@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from eos_monitor.curvature.batch_sharpness import batch_sharpness_limits
 from eos_monitor.limits.edge_scale import edge_scale_along
+from eos_monitor.limits.plateau import batch_sharpness_limits
 from eos_monitor.limits.thresholds import CriticalCurvature, critical_curvature, learning_rates
 
 

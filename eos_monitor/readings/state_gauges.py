@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from eos_monitor.curvature.batch_sharpness import batch_sharpness, batch_sharpness_limits
+from eos_monitor.curvature.batch_sharpness import batch_sharpness
 from eos_monitor.curvature.directional import directional_ratio
 from eos_monitor.isolation.twin import trained_parameters
+from eos_monitor.limits.plateau import batch_sharpness_limits
 from eos_monitor.readings.reading import StabilityReading
 from eos_monitor.readings.subject import Subject
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from eos_monitor.curvature.finite_differences import FiniteDifferenceStep
 from eos_monitor.curvature.hessian import HessianOperator, SumOverRanks
 from eos_monitor.isolation.sandbox import LossFn, Sandbox
 from eos_monitor.limits.thresholds import CriticalCurvature, critical_curvature
@@ -38,8 +39,13 @@ class Subject:
     sandbox: Sandbox | None = None
     sum_over_ranks: SumOverRanks | None = None
 
-    def prepare(self, method: str) -> tuple[CriticalCurvature, HessianOperator]:
-        """Return the optimizers' critical curvature, and the Hessian; on every process or on none."""
+    def prepare(self, method: str, step: FiniteDifferenceStep | None) -> tuple[CriticalCurvature, HessianOperator]:
+        """Return the optimizers' critical curvature, and the Hessian; on every process or on none.
+
+        Args:
+            method: How products are computed.
+            step: Of an earlier reading, for finite differences.
+        """
 
         def here() -> tuple[CriticalCurvature, HessianOperator]:
             curvature = critical_curvature(self.optimizers)
@@ -52,6 +58,7 @@ class Subject:
                 batch_size_fn=self.batch_size_fn,
                 sandbox=self.sandbox,
                 sum_over_ranks=self.sum_over_ranks,
+                step=step,
             )
 
         return everywhere(here, self.sum_over_ranks, "a probe")

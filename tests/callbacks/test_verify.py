@@ -21,7 +21,7 @@ from torchmetrics import MeanMetric
 import eos_monitor.callbacks.trainer_gauge as callback
 from eos_monitor import EdgeOfStabilityMonitor, Probe, Solver
 from eos_monitor.isolation import fingerprint as fingerprints
-from eos_monitor.isolation.digests import WordSum
+from eos_monitor.isolation.digests import word_sum
 from eos_monitor.isolation.fingerprint import Fingerprint, fingerprint
 from eos_monitor.monitor.engine import Engine
 from eos_monitor.monitor.ranks import Ranks
@@ -505,22 +505,22 @@ def test_cycles_end() -> None:
 # ---------------------------------------------------------------- the digest for accelerators, here on the CPU
 
 
-def word_sum(data: torch.Tensor) -> int:
-    return int(WordSum(data.reshape(-1).view(torch.uint8)).pending)
+def sum_of(data: torch.Tensor) -> int:
+    return word_sum(data.reshape(-1).view(torch.uint8))
 
 
 def test_word_sums_see_every_small_change() -> None:
     g = torch.Generator().manual_seed(0)
     data = torch.randint(256, (4099,), generator=g, dtype=torch.uint8)
-    sums = {word_sum(data)}
+    sums = {sum_of(data)}
     for i in range(0, 4099, 7):
         changed = data.clone()
         changed[i] ^= 1 << (i % 8)
-        sums.add(word_sum(changed))
+        sums.add(sum_of(changed))
     assert len(sums) == 1 + len(range(0, 4099, 7))
-    assert word_sum(data) == word_sum(data.clone())
+    assert sum_of(data) == sum_of(data.clone())
     # Not aligned to words.
-    assert word_sum(data[1:]) == word_sum(data[1:].clone()) != word_sum(data[:-1])
+    assert sum_of(data[1:]) == sum_of(data[1:].clone()) != sum_of(data[:-1])
 
 
 def test_word_sums_see_order_and_signs() -> None:
@@ -528,5 +528,5 @@ def test_word_sums_see_order_and_signs() -> None:
     swapped, mirrored = x.clone(), x.clone()
     swapped[[5, 2_100_000]] = x[[2_100_000, 5]]
     mirrored[::2] *= -1
-    assert len({word_sum(v) for v in (x, swapped, mirrored, x.flip(0))}) == 4
-    assert word_sum(torch.zeros(0)) == word_sum(torch.zeros(0))
+    assert len({sum_of(v) for v in (x, swapped, mirrored, x.flip(0))}) == 4
+    assert sum_of(torch.zeros(0)) == sum_of(torch.zeros(0))

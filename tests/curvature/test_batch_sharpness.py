@@ -13,8 +13,9 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from eos_monitor.curvature.batch_sharpness import batch_sharpness, batch_sharpness_limits
+from eos_monitor.curvature.batch_sharpness import batch_sharpness
 from eos_monitor.isolation.fingerprint import fingerprint
+from eos_monitor.limits.plateau import batch_sharpness_limits
 from tests.nets import Problem, dense_hessian, make, mean_loss, squared_error
 
 Pair = tuple[Tensor, Tensor]

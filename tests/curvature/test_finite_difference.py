@@ -108,3 +108,20 @@ def test_training_is_untouched() -> None:
         assert torch.equal(p, value)
         assert p._version == version
         assert p.grad is None
+
+
+def test_step_of_an_earlier_operator_is_not_calibrated_again() -> None:
+    module, batch = net("tanh", torch.float64), data(torch.float64)
+    evaluations: list[int] = []
+
+    def counted(module: Any, batch: Any) -> torch.Tensor:
+        evaluations.append(1)
+        return loss_fn(module, batch)
+
+    first = HessianOperator(module, counted, [batch], method="fd")
+    v = torch.ones(first.size, dtype=torch.float64)
+    product = first.matvec(v)
+    assert len(evaluations) == 6 + 2  # three sizes are compared, then the product is taken
+    evaluations.clear()
+    assert torch.equal(HessianOperator(module, counted, [batch], method="fd", step=first.step).matvec(v), product)
+    assert len(evaluations) == 2

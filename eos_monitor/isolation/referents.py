@@ -1,6 +1,6 @@
-"""What an object consists of, read without running any code of its own.
+"""What an object refers to, read without running any code of its own.
 
-Each reader returns a digest of the object without what hangs on it, and what hangs on it.
+Each reader returns a digest of the object without its referents, and the referents.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from eos_monitor.isolation.digests import scalar_digest
 
-Children = Iterable[tuple[str, Any]]  # (what to append to the place, value)
+Referents = Iterable[tuple[str, Any]]  # (what to append to the place, value)
 
 _POSITIONS = (io.BytesIO, io.StringIO, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO)
 # The registries of a module, whose entries go by their own names.
@@ -56,7 +56,7 @@ def is_machinery(kind: Any) -> bool:
     return str(kind.__module__).startswith(_TORCH_MACHINERY) and not issubclass(kind, Generator)
 
 
-def attributes(value: Any) -> Children:
+def attributes(value: Any) -> Referents:
     """Return what instances hold in their ``__dict__`` and slots, read without asking the instance."""
     found: dict[str, Any] = {}
     for cls in type(value).__mro__:
@@ -73,13 +73,13 @@ def attributes(value: Any) -> Children:
     return [(f".{name}", item) for name, item in found.items()]
 
 
-def look_at_object(value: Any) -> tuple[Any, Children]:
+def read_object(value: Any) -> tuple[Any, Referents]:
     """Read an object that nothing is known of."""
     held = list(attributes(value))
     return (type(value), id(value), frozenset(name for name, _ in held)), held
 
 
-def look_at_module(module: nn.Module) -> tuple[Any, Children]:
+def read_module(module: nn.Module) -> tuple[Any, Referents]:
     """Read a module; the entries of its registries go by their own names."""
     namespace = nn.Module.__dict__["__dict__"].__get__(module)
     entries = {name: value for name, value in namespace.items() if name not in _REGISTRIES}
@@ -88,10 +88,9 @@ def look_at_module(module: nn.Module) -> tuple[Any, Children]:
     return (type(module), id(module), frozenset(entries)), [(f".{name}", value) for name, value in entries.items()]
 
 
-def _captured(function: types.FunctionType) -> Children:
-    names, cells = function.__code__.co_freevars, function.__closure__ or ()
+def _held_by(function: types.FunctionType) -> Referents:
     found: list[tuple[str, Any]] = [(f".{name}", value) for name, value in vars(function).items()]
-    for name, cell in zip(names, cells, strict=True):
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             found.append((f".{name}", cell.cell_contents))
         except ValueError:
@@ -100,11 +99,11 @@ def _captured(function: types.FunctionType) -> Children:
     return [*found, *((f".default[{name}]", value) for name, value in defaults)]
 
 
-def look_at_special(value: Any) -> tuple[Any, Children] | None:
-    """Return what there is to see in functions, methods, iterators and files; None for other objects."""
+def read_special(value: Any) -> tuple[Any, Referents] | None:
+    """Read a function, method, iterator or file; None for other objects."""
     kind = type(value)
     if kind is types.FunctionType:
-        return ("function", id(value)), [] if is_library(value) else _captured(value)
+        return ("function", id(value)), [] if is_library(value) else _held_by(value)
     if kind is types.MethodType:
         return ("method", id(value.__func__)), [(".__self__", value.__self__), (".__func__", value.__func__)]
     if kind is types.BuiltinMethodType:
@@ -121,11 +120,11 @@ def look_at_special(value: Any) -> tuple[Any, Children] | None:
     if kind in _POSITIONS:
         return ("file", id(value), None if value.closed or not value.seekable() else value.tell()), []
     if kind.__module__ in ("builtins", "itertools", "collections", "_collections") and hasattr(kind, "__next__"):
-        return _look_at_iterator(value)
+        return _iterator(value)
     return None
 
 
-def _look_at_iterator(value: Any) -> tuple[Any, Children]:
+def _iterator(value: Any) -> tuple[Any, Referents]:
     """Read the position of a built-in iterator from what it would be pickled as."""
     kind: Any = type(value)
     try:

@@ -1,0 +1,76 @@
+"""Copies of what holds state, each made once, so that what was one object stays one object."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_CONSTANTS = (bool, int, float, str, bytes, type)
+_CONTAINERS = (list, deque, dict, OrderedDict, defaultdict, Counter)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+
+
+class Copies:
+    """Copies of tensors, arrays, generators and built-in containers; anything else is shared.
+
+    Args:
+        memo: What stands for an object, by its ``id``, in place of a copy; what is copied is entered.
+        dtype: Floating-point type of the tensors; None leaves theirs.
+    """
+
+    def __init__(self, memo: dict[int, Any], dtype: torch.dtype | None = None) -> None:
+        self._memo = memo
+        self._dtype = dtype
+
+    def of(self, value: Any) -> Any:
+        """Return the copy of a value."""
+        if value is None or isinstance(value, _CONSTANTS):
+            return value
+        if id(value) not in self._memo:
+            self._memo[id(value)] = self._copied(value)
+        return self._memo[id(value)]
+
+    def _copied(self, value: Any) -> Any:
+        if type(value) in _CONTAINERS:
+            return self._container(value)
+        if isinstance(value, Tensor):
+            if nn.parameter.is_lazy(value):
+                return value
+            return cast(value.detach().clone(), self._dtype).requires_grad_(value.requires_grad)
+        if isinstance(value, tuple):
+            items = [self.of(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if type(value) in (set, bytearray):
+            return copy.copy(value)
+        if isinstance(value, np.ndarray):
+            return value.copy()
+        if isinstance(value, torch.Generator):
+            return value.clone_state()
+        if isinstance(value, _GENERATORS):
+            return copy.deepcopy(value)
+        return self._other(value)
+
+    def _container(self, value: Any) -> Any:
+        duplicate = copy.copy(value)
+        self._memo[id(value)] = duplicate  # before its items, so that cycles end
+        # An index is the key of a list or deque.
+        for key, item in value.items() if hasattr(value, "items") else enumerate(value):
+            duplicate[key] = self.of(item)
+        return duplicate
+
+    def _other(self, value: Any) -> Any:
+        """Return what stands for an object of any other kind."""
+        return value
+
+
+def cast(value: Any, dtype: torch.dtype | None) -> Any:
+    """Return a floating-point tensor in another type, and anything else as it is; None leaves that too."""
+    if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.to(dtype)
