@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from eos_monitor.cfl.blocks import HessianBlocks
+from eos_monitor.cfl.objective import Objective
 from eos_monitor.cfl.tiers import CFLGauge, estimate_cfl
 from eos_monitor.isolation.sandbox import Sandbox
 from tests.cfl.layer_nets import NETS, dense_block, layer_weights, make, top_eigenvalue, train
@@ -33,7 +34,7 @@ def test_products_are_means_over_batches_by_their_samples(parts: int) -> None:
     batches = list(zip(x.tensor_split(at), y.tensor_split(at), strict=True))
     weights = [net[2].weight, net[6].weight]
     with Sandbox(net) as sandbox:
-        blocks = HessianBlocks(sandbox, spec.loss, batches, [len(b[0]) for b in batches], weights)
+        blocks = HessianBlocks(Objective(sandbox, net, spec.loss, batches, [len(b[0]) for b in batches]), weights)
         for i, weight in enumerate(weights):
             expected = dense_block(net, spec.loss, (x, y), weight)
             v = torch.randn(len(expected), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -48,7 +49,8 @@ def test_an_unused_weight_has_no_curvature() -> None:
         return module["used"](batch).square().mean()
 
     with Sandbox(net) as sandbox:
-        blocks = HessianBlocks(sandbox, loss, [torch.randn(4, 3).double()], [4], [net["idle"].weight])
+        objective = Objective(sandbox, net, loss, [torch.randn(4, 3).double()], [4])
+        blocks = HessianBlocks(objective, [net["idle"].weight])
         assert not blocks.matvec(0, torch.ones(6).double()).any()
 
 
