@@ -88,7 +88,8 @@ def capture(
         # Here, where the stand-ins are in their places, and afresh in each evaluation.
         tracer = Tracer(_measured(root, parameters), parameters, observers, previous)
         tracers.append(tracer)
-        own, forward = root.__dict__.get("forward"), root.forward
+        own = root.__dict__.get("forward")
+        forward = root.forward
         # Not a hook: other threads would run a global one, and the module's own are the user's.
         root.__dict__["forward"] = lambda *args, **kwargs: tracer.returned(forward(*args, **kwargs))
         try:
@@ -124,7 +125,8 @@ def _owner(name: str) -> str:
 
 def _missing(module: nn.Module, parameters: Mapping[Tensor, Tensor], tracer: Tracer) -> dict[str, str]:
     """Return why layers were not seen; to be called while the stand-ins are in their places."""
-    seen, measured = {call.name for call in tracer.layers}, set(_measured(module, parameters).values())
+    seen = {call.name for call in tracer.layers}
+    measured = set(_measured(module, parameters).values())
     hidden: dict[int, str] = {}
     for m in module.modules():
         for kind, reason in _HIDDEN.items():

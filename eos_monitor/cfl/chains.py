@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from eos_monitor.cfl.activations import Activation, Elementwise, is_activation, swish
+from eos_monitor.cfl.activations import Activation, is_activation, swish
+from eos_monitor.cfl.partition import Elementwise
 
 # Not activations by themselves, but what makes another one of an activation: relu(z).square().
 FOLLOWERS = ("square", "pow", "abs", "exp", "log1p", "expm1", "sqrt", "log")

@@ -125,7 +125,8 @@ class _Walk:
             through = _union(later[p] for p in parents)
             self._classify(node, direct, through, _twice(own[p] | later[p] for p in parents))
             start = self._starts.get(node)
-            own[node], later[node] = (direct, through) if start is None else (start, direct | through)
+            own[node] = direct if start is None else start
+            later[node] = through if start is None else direct | through
 
     def surroundings(self, i: int, uses: int) -> Surroundings:
         """Return what was found of layer ``i``."""
@@ -217,7 +218,8 @@ def _union(masks: Iterable[int]) -> int:
 
 
 def _twice(masks: Iterable[int]) -> int:
-    once = again = 0
+    once = 0
+    again = 0
     for mask in masks:
         again |= once & mask
         once |= mask

@@ -48,7 +48,8 @@ class WeightMap:
         """Return the arguments of ``torch.convolution`` behind the bias; pad the input where they cannot say how."""
         d = call.weight.ndim - 2
         options = call.options
-        stride, dilation = (_as_tuple(options.get(key, 1), d) for key in ("stride", "dilation"))
+        stride = _as_tuple(options.get("stride", 1), d)
+        dilation = _as_tuple(options.get("dilation", 1), d)
         padding = options.get("padding", 0)
         if padding == "same":
             totals = [step * (k - 1) for step, k in zip(dilation, call.weight.shape[2:], strict=True)]

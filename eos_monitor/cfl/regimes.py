@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from eos_monitor.cfl.activations import ACTIVATED, NOT_ACTIVATED, TRANSITIONING, Activation
+from eos_monitor.cfl.activations import Activation
 from eos_monitor.cfl.calls import Capture, LayerCall
 from eos_monitor.cfl.capture import capture, layer_names
+from eos_monitor.cfl.partition import ACTIVATED, NOT_ACTIVATED, TRANSITIONING
 from eos_monitor.isolation.sandbox import LossFn, Sandbox
 
 KINK_WIDTH = 0.1

@@ -123,7 +123,9 @@ class Tracer(TorchFunctionMode):
         self.output: Tensor | None = None
         self.uses: dict[str, set[str]] = {}  # layer -> other functions that its weight went into
         self.graphless: set[str] = set()
-        self._names, self._observers, self._previous = names, observers, previous
+        self._names = names
+        self._observers = observers
+        self._previous = previous
         self._live = {id(stand_in): live for live, stand_in in parameters.items()}
         self._calls: list[LayerCall] = []
         self._fates: list[_Fate] = []
@@ -199,7 +201,9 @@ class Tracer(TorchFunctionMode):
         return out
 
     def _layer(self, name: str, func: Any, args: Any, kwargs: Any, given: Mapping[str, Any]) -> Tensor:
-        x, weight, bias = given["input"], given["weight"], given.get("bias")
+        x = given["input"]
+        weight = given["weight"]
+        bias = given.get("bias")
         for t in (x, bias):
             if isinstance(t, Tensor):
                 self._consume(t, self._trace(t), name, passed=False, chained=False)
@@ -260,10 +264,12 @@ class Tracer(TorchFunctionMode):
             return None
         if chain.composed:
             source = self._trace(chain.source)
-            pending, value = (source.pending if source else ()), chain.source
+            pending = source.pending if source else ()
+            value = chain.source
             activation: Activation | None = chain.activation()
         elif is_activation(name) and id(z) in traces:
-            pending, value = traces[id(z)].pending, z
+            pending = traces[id(z)].pending
+            value = z
             activation = read_activation(name, args, kwargs)
         else:
             return None

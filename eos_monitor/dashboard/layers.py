@@ -13,7 +13,8 @@ Row = Mapping[str, Any]
 
 _DOUBLINGS = 3
 _REACH = 2.0**_DOUBLINGS  # of the colours, either side of the limit
-_TALLEST, _LABEL = 14.0, 0.15  # inches: the map, and what a legible name takes
+_TALLEST = 14.0  # inches: the map
+_LABEL = 0.15  # and what a legible name takes
 
 
 def layers_table(layers: Sequence[Mapping[str, Any]], most: int = 5) -> str:

@@ -228,7 +228,8 @@ class APDE(CheckedOptimizer):
         key = (v.device, v.dtype)
         spare = self._spare.get(key)
         if spare is None or spare.numel() < v.numel():
-            spare = self._spare[key] = v.new_empty(v.numel())
+            spare = v.new_empty(v.numel())
+            self._spare[key] = spare
         return spare[: v.numel()].view(v.shape)
 
 
@@ -257,7 +258,8 @@ def _moved_together(
 ) -> tuple[Tensor, ...]:
     """Return g + γv + β∇²v of each."""
     velocities = [d.velocity for d in alike]
-    axes, beta = alike[0].axes, alike[0].beta
+    axes = alike[0].axes
+    beta = alike[0].beta
     moved = torch._foreach_mul(velocities, momentum - 2 * len(axes) * beta)
     for axis in axes:
         for slices in zip(*(shifts(v.shape[axis], boundary) for v in velocities), strict=True):

@@ -135,7 +135,8 @@ def _critical(
         return math.inf
 
     def unstable(curvature: Tensor) -> Tensor:
-        y = z = torch.ones_like(curvature)
+        y = torch.ones_like(curvature)
+        z = y
         velocity = torch.zeros_like(curvature)
         for _ in range(evaluations):
             velocity = inner_momentum * velocity + curvature * y + (y - 1) / gamma

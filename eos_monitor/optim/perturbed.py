@@ -108,7 +108,8 @@ class PerturbedSGD(CheckedOptimizer):
             state = self.state[p]
             velocity = state.get("momentum_buffer")
             if velocity is None:
-                velocity = state["momentum_buffer"] = direction.detach().clone()
+                velocity = direction.detach().clone()
+                state["momentum_buffer"] = velocity
             else:
                 velocity.mul_(momentum).add_(direction)
             direction = direction.add(velocity, alpha=momentum) if group["nesterov"] else velocity

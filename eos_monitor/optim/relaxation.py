@@ -130,7 +130,8 @@ class Relaxation(CheckedOptimizer):
         """
         stable = True
         for number, group in enumerate(self.param_groups):
-            curvature, limit = sharpness + group["weight_decay"], self.inner_limit(group)
+            curvature = sharpness + group["weight_decay"]
+            limit = self.inner_limit(group)
             if not curvature < limit:
                 stable = False
                 shown = ("inner_lr", "lr", "gamma", "averaging", "inner_momentum", "momentum")

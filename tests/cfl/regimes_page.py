@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from eos_monitor.cfl.activations import ACTIVATED, TRANSITIONING, read_activation
+from eos_monitor.cfl.activations import read_activation
+from eos_monitor.cfl.partition import ACTIVATED, TRANSITIONING
 
 # What the page calls it -> torch's function and its arguments
 _ROWS: dict[str, tuple[str, tuple[Any, ...]]] = {

@@ -8,16 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eos_monitor.cfl.activations import (
-    ACTIVATED,
-    NOT_ACTIVATED,
-    TRANSITIONING,
-    Activation,
-    is_activation,
-    numeric_partition,
-    read_activation,
-    swish,
-)
+from eos_monitor.cfl.activations import Activation, is_activation, read_activation, swish
+from eos_monitor.cfl.partition import ACTIVATED, NOT_ACTIVATED, TRANSITIONING, numeric_partition
 
 H = 1e-3
 # 4th order in H: 1e-12 times a sixth derivative of order 10; rounding 1e-16 / H² = 1e-10 times |r| up to 10
