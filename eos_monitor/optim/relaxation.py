@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from eos_monitor.optim.checked import CheckedOptimizer
+from eos_monitor.optim.checked_optimizer import CheckedOptimizer
 
 Closure = Callable[[], Any]
 Group = dict[str, Any]
@@ -82,8 +82,8 @@ class Relaxation(CheckedOptimizer):
         return math.inf
 
     @abstractmethod
-    def _relax(self, closure: Closure, parts: Sequence[Part]) -> Any:
-        """Move the parameters from x to where the step leads; return the loss of the first evaluation."""
+    def _relax(self, closure: Closure, parts: Sequence[Part]) -> None:
+        """Move the parameters from x to where the step leads."""
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -110,15 +110,22 @@ class Relaxation(CheckedOptimizer):
             for group in self.param_groups
             if (trainable := [p for p in group["params"] if p.requires_grad])
         ]
+        first: list[Any] = []
+
+        def noted() -> None:
+            loss = closure()
+            if not first:
+                first.append(loss)
+
         try:
-            loss = self._relax(closure, parts)
+            self._relax(noted, parts)
         except BaseException:
             for part in parts:
                 put(part.params, part.anchors)
             raise
         for group in self.param_groups:
             group["gamma"] *= 1 - group["scoping"]
-        return loss
+        return first[0]
 
     def check_inner_stability(self, sharpness: float = 0.0) -> bool:
         """Warn where the inner loop cannot be stable on a loss of this sharpness; return whether it can everywhere.
@@ -155,11 +162,12 @@ class Relaxation(CheckedOptimizer):
         if any(p.is_complex() for p in group["params"]):
             raise ValueError("Expected real parameters, got complex ones. Train their torch.view_as_real.")
 
-    def _evaluate(self, closure: Closure, number: int) -> Any:
+    def _evaluate(self, closure: Closure, number: int) -> None:
+        """Call the closure, as the evaluation of this number in the step."""
         self.evaluation = number
         try:
             with torch.enable_grad():
-                return closure()
+                closure()
         finally:
             self.evaluation = None
 
