@@ -93,7 +93,7 @@ class LayerCall:
 
     @property
     def normalized_edge(self) -> GradientEdge:
-        """That behind the batch normalization in train mode; of z where none follows."""
+        """Gradient edge behind the batch normalization in train mode that follows; of z where none does."""
         behind = None if self.batch_norm is None else self.batch_norm.edge
         return self.output_edge if behind is None else behind
 

@@ -12,28 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eos_monitor.cfl.calls import (
-    ActivationCall,
-    BatchNormCall,
-    Capture,
-    LayerCall,
-    LossCall,
-    Observer,
-)
+from eos_monitor.cfl.calls import Capture, Observer
 from eos_monitor.cfl.tracer import Tracer
 from eos_monitor.isolation.sandbox import LossFn, Sandbox
-
-__all__ = [
-    "ActivationCall",
-    "BatchNormCall",
-    "Capture",
-    "LayerCall",
-    "LossCall",
-    "NoLayerError",
-    "Observer",
-    "capture",
-    "layer_names",
-]
 
 _HIDDEN: dict[type[nn.Module], str] = {
     nn.MultiheadAttention: "inside nn.MultiheadAttention, whose projections are out of sight",

@@ -30,7 +30,7 @@ class Segment:
 
 
 class CutMode(TorchFunctionMode):
-    """Cuts the graph at every layer.
+    """Function mode that cuts the graph at every layer.
 
     Args:
         weights: Ids of the tensors that are layers' weights in this evaluation.

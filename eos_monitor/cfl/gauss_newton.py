@@ -119,7 +119,7 @@ def _root(product: _Product, out: Tensor, signs: Callable[[], Tensor]) -> _Produ
 
 
 def _softmax_root(out: Tensor, axis: int, u: Tensor, hu: Tensor) -> _Product | None:
-    """H = w (diag p − p pᵀ) by rows, whatever the weights w ≥ 0 of the rows."""
+    """Return the root of H = w (diag p − p pᵀ) by rows, whatever the weights w ≥ 0 of the rows; None if H is other."""
     p = torch.softmax(out, axis)
     bare = p * u - p * (p * u).sum(axis, keepdim=True)
     strength = (u * bare).sum(axis, keepdim=True)
@@ -137,12 +137,12 @@ def _softmax_root(out: Tensor, axis: int, u: Tensor, hu: Tensor) -> _Product | N
         half = p.sqrt()
         return lambda e: scale * (half * e - p * (half * e).sum(axis, keepdim=True))
     rows = p.movedim(axis, -1)
-    root = _eigenbasis(torch.diag_embed(rows) - rows[..., :, None] * rows[..., None, :])
+    root = _eigen_root(torch.diag_embed(rows) - rows[..., :, None] * rows[..., None, :])
     return lambda e: scale * root(e.movedim(axis, -1)).movedim(-1, axis)
 
 
 def _block_root(product: _Product, out: Tensor, axis: int, u: Tensor, hu: Tensor) -> _Product | None:
-    """H in blocks along one axis, by one product for each of its entries."""
+    """Return the root of H in blocks along one axis, by one product for each of its entries; None if H is other."""
     size = out.shape[axis]
     if size > _LARGEST_BLOCK:
         return None
@@ -155,11 +155,12 @@ def _block_root(product: _Product, out: Tensor, axis: int, u: Tensor, hu: Tensor
     expected = (blocks @ u.movedim(axis, -1)[..., None])[..., 0].movedim(-1, axis)
     if not _agree(expected, hu):
         return None
-    root = _eigenbasis((blocks + blocks.mT) / 2)
+    root = _eigen_root((blocks + blocks.mT) / 2)
     return lambda e: root(e.movedim(axis, -1)).movedim(-1, axis)
 
 
-def _eigenbasis(blocks: Tensor) -> _Product:
+def _eigen_root(blocks: Tensor) -> _Product:
+    """Return the root of blocks: their eigenvectors times the roots of their eigenvalues."""
     values, vectors = torch.linalg.eigh(blocks)
     root = vectors * values.clamp(min=0.0).sqrt()[..., None, :]  # negative ones are not Gauss–Newton's
     return lambda e: (root @ e[..., None])[..., 0]

@@ -52,7 +52,7 @@ class RunBar(TQDMProgressBar):
 
 
 class _AboveTheBar(logging.Handler):
-    """Writes messages above the progress bar, wrapped."""
+    """Handler that writes messages above the progress bar, wrapped."""
 
     def emit(self, record: logging.LogRecord) -> None:
         width = min(shutil.get_terminal_size().columns, 120)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from eos_monitor.cfl.capture import Capture, LayerCall, Observer, capture, layer_names
+from eos_monitor.cfl.calls import Capture, LayerCall, Observer
+from eos_monitor.cfl.capture import capture, layer_names
 from eos_monitor.isolation.sandbox import Sandbox
 
 X = torch.linspace(-1.5, 2.0, 2 * 3 * 6 * 6).reshape(2, 3, 6, 6).sin()
