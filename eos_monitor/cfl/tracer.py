@@ -284,9 +284,10 @@ def _obstacle(name: str, activation: Activation | None, chain: Chain) -> str:
     if chain.composed and chain.source._version != chain.version:
         return f"its activation ends in {name}, when the values it began with are overwritten"
     try:
-        return "" if activation.partition else ""
+        _ = activation.partition
     except ValueError as error:
         return f"the regimes of its activation cannot be told ({error})"
+    return ""
 
 
 def _arguments(name: str, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -57,11 +57,12 @@ class Relaxation(CheckedOptimizer):
     """
 
     generator: torch.Generator | None
+    # On the class, because copies and pickles of an optimizer leave out what is neither state nor group.
     evaluation: int | None = None
+    _warned = False
     _ranges: Mapping[str, tuple[str, Callable[[Any], bool]]] = {}  # where a subclass differs from _RANGES
     _noise_settings: tuple[str, ...] = ()
     _remedy = "Lower inner_lr or raise gamma."
-    _warned = False
 
     def __init__(self, params: Any, defaults: dict[str, Any], generator: torch.Generator | None = None) -> None:
         self.generator = generator

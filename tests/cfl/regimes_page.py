@@ -35,7 +35,8 @@ def regimes_table() -> str:
     for title, (name, args) in _ROWS.items():
         activation = read_activation(name, args)
         assert activation is not None
-        partition, scale = activation.partition, activation.scale
+        partition = activation.partition
+        scale = activation.scale
         ends = [None, *(border / float(scale) for border in partition.borders), None]
         spans: dict[int, list[str]] = {}
         for regime, low, high in zip(partition.regimes, ends, ends[1:], strict=False):

@@ -13,7 +13,8 @@ from tests.cfl.layer_nets import NETS, dense_block, layer_weights, make, top_eig
 
 @pytest.mark.parametrize("name", ["bn-silu-convs", "gated", "recurrent", "mixed-mlp"])
 def test_converged_blocks_equal_dense_ones(name: str) -> None:
-    net, spec = make(name), NETS[name]
+    net = make(name)
+    spec = NETS[name]
     train(name, net, 40)
     weights = layer_weights(net)
     estimates = estimate_cfl(net, spec.loss, [spec.data()], exact=True)
@@ -28,7 +29,8 @@ def test_converged_blocks_equal_dense_ones(name: str) -> None:
 
 @pytest.mark.parametrize("parts", [1, 3, 6], ids=["one", "kept", "rebuilt"])
 def test_products_are_means_over_batches_by_their_samples(parts: int) -> None:
-    net, spec = make("tanh-mlp"), NETS["tanh-mlp"]
+    net = make("tanh-mlp")
+    spec = NETS["tanh-mlp"]
     x, y = spec.data()
     at = [5 * i for i in range(1, parts)]
     batches = list(zip(x.tensor_split(at), y.tensor_split(at), strict=True))
@@ -59,7 +61,9 @@ def test_three_products_from_the_previous_and_the_cheap_vector() -> None:
     """Along training, ten steps between measurements: k = 3 is within 5 % in at least nine of ten."""
     ratios = []
     for name in ("silu-convs", "transformer", "conv1d", "autoencoder", "bn-silu-convs", "bn-relu-convs", "gated"):
-        net, spec, gauge = make(name), NETS[name], CFLGauge()
+        net = make(name)
+        spec = NETS[name]
+        gauge = CFLGauge()
         weights = layer_weights(net)
         for state in range(10):
             train(name, net, 10)

@@ -57,7 +57,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", [n for n in NETS if n != "autoencoder"])
 def test_layers_in_exact_form_are_exact(name: str) -> None:
     """Nothing is left out behind the last layers, whatever lies between them and the loss: the whole block is right."""
-    net, spec = make(name), NETS[name]
+    net = make(name)
+    spec = NETS[name]
     train(name, net, 20)
     batch = spec.data()
     exact = {k: v for k, v in terms_of(net, spec.loss, [batch]).layers.items() if v.surroundings.form == "exact-form"}
@@ -70,7 +71,8 @@ def test_layers_in_exact_form_are_exact(name: str) -> None:
 
 @pytest.mark.parametrize("step", [0, 100])
 def test_relu_nets_with_exact_gauss_newton(step: int) -> None:
-    net, spec = make("strange-convs"), NETS["strange-convs"]
+    net = make("strange-convs")
+    spec = NETS["strange-convs"]
     train("strange-convs", net, step)
     for layer in terms_of(net, spec.loss, [spec.data()]).layers.values():
         truth = top_eigenvalue(dense_block(net, spec.loss, spec.data(), layer.parameter))
@@ -84,7 +86,11 @@ def test_relu_nets_with_exact_gauss_newton(step: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UNCOUPLED)
 def test_quality_without_coupling(name: str) -> None:
-    spec, found, expected, first, among = NETS[name], [], [], 0, 0
+    spec = NETS[name]
+    found = []
+    expected = []
+    first = 0
+    among = 0
     for _, net in states(name):
         truth = {k: top_eigenvalue(dense_block(net, spec.loss, spec.data(), w)) for k, w in layer_weights(net).items()}
         estimates = CFLGauge().measure(net, spec.loss, [spec.data()], refine=False)
@@ -93,7 +99,8 @@ def test_quality_without_coupling(name: str) -> None:
         found += [by_name[k] for k in truth]
         expected += list(truth.values())
         place = order.index(max(truth, key=lambda k: truth[k]))
-        first, among = first + (place == 0), among + (place < 3)
+        first = first + (place == 0)
+        among = among + (place < 3)
     ratios = torch.tensor(found) / torch.tensor(expected)
     assert float(ratios.min()) >= 0.5
     assert float(ratios.max()) <= 1.6
@@ -107,7 +114,8 @@ def test_quality_without_coupling(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in COUPLED if n != "last-norm"])
 def test_coupled_layers_are_called_weak(name: str) -> None:
-    net, spec = make(name), NETS[name]
+    net = make(name)
+    spec = NETS[name]
     weak = {e.layer for e in CFLGauge().measure(net, spec.loss, [spec.data()], refine=False) if e.form == "weak"}
     expected = {
         "bn-relu-convs": {"0", "3"},
@@ -143,7 +151,8 @@ def test_batches_are_added_by_their_samples() -> None:
 
 @pytest.mark.parametrize("name", ["silu-convs", "conv1d", "mixed-mlp"])
 def test_cut_graph_agrees_with_the_closed_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, spec = make(name), NETS[name]
+    net = make(name)
+    spec = NETS[name]
     train(name, net, 30)
     closed = terms_of(net, spec.loss, [spec.data()], 4).layers
     assert not any(layer.cut for layer in closed.values())
@@ -206,7 +215,8 @@ def test_weight_gradient_is_the_transpose_of_the_layer(layer: nn.Module) -> None
     v = torch.randn_like(net.weight)
     y = weight_map.apply(v)
     plain = copy.deepcopy(net)
-    plain.weight.data, plain.bias.data = v, torch.zeros_like(plain.bias)
+    plain.weight.data = v
+    plain.bias.data = torch.zeros_like(plain.bias)
     torch.testing.assert_close(y, plain(x.double()).detach())
     c = torch.randn_like(y)
     torch.testing.assert_close((weight_map.transpose(c) * v).sum(), (c * y).sum())
@@ -214,7 +224,9 @@ def test_weight_gradient_is_the_transpose_of_the_layer(layer: nn.Module) -> None
 
 def test_products_are_counted_and_few() -> None:
     """Five a layer at most when cold, four when warm, each of one application of the layer and one weight gradient."""
-    spec, net, gauge = NETS["silu-convs"], make("silu-convs"), CFLGauge()
+    spec = NETS["silu-convs"]
+    net = make("silu-convs")
+    gauge = CFLGauge()
     calls: list[str] = []
 
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
@@ -229,7 +241,8 @@ def test_products_are_counted_and_few() -> None:
             estimates = gauge.measure(net, spec.loss, [spec.data()], refine=False)
         products = [e.products for e in estimates if e.layer != "8"]
         assert 1 <= min(products) <= max(products) <= most
-        convolutions, backwards = calls.count("aten::convolution"), calls.count("aten::convolution_backward")
+        convolutions = calls.count("aten::convolution")
+        backwards = calls.count("aten::convolution_backward")
         # Forward: the net and each product.
         assert convolutions == 3 + sum(products)
         # Backward: each product; the loss and the probes through two inputs; when cold, also the start of each layer.
