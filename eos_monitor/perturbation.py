@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -22,8 +22,11 @@ from eos_monitor.isolation.batches import map_batch
 from eos_monitor.isolation.sandbox import LossFn, Sandbox, preserve_rng
 from eos_monitor.isolation.twin import as_list, trained_parameters, twin_optimizer
 
-AMPLIFYING, NEUTRAL, ATTENUATING = "amplifying", "neutral", "attenuating"
-DEAD, DIVERGED = "dead", "diverged"
+AMPLIFYING = "amplifying"
+NEUTRAL = "neutral"
+ATTENUATING = "attenuating"
+DEAD = "dead"
+DIVERGED = "diverged"
 
 # A perturbation that has reached this RelL1 has no room left to grow exponentially in.
 _SATURATED = 0.1
@@ -127,7 +130,9 @@ def twin_run(
     run, twin = (_Trajectory(optimizers, params, dtype) for _ in range(2))
     if perturbation != "last-bit":
         twin.move(_direction(perturbation, run.numel, seed), _SIZES.get(run.dtype, 1e-4) if size is None else size)
-    distances, relative_l1, losses = [], [], []
+    distances: list[float] = []
+    relative: list[float] = []
+    losses: list[float] = []
     with sandbox or Sandbox(module) as inside:
 
         def loss_of(trajectory: _Trajectory, batch: Any, stream: int) -> Tensor:
@@ -141,18 +146,20 @@ def twin_run(
                 trajectory.step(loss, k if trajectory is twin and perturbation == "last-bit" else None)
                 if trajectory is run:
                     losses.append(float(loss.detach()))
-            distance, relative = run.distance(twin)
-            distances.append(distance)
-            relative_l1.append(relative)
+            theta = run.vector
+            other = twin.vector
+            distances.append(float(torch.linalg.vector_norm(theta - other)))
+            relative.append(relative_l1(theta, other))
             if not math.isfinite(losses[-1]):
                 break
         dead = run.still or _ignores_input(lambda batch: float(loss_of(run, batch, 0).detach()), data[0])
-    return _judged(distances, relative_l1, losses, dead, renewed=perturbation == "last-bit")
+    return _judged(distances, relative, losses, dead, renewed=perturbation == "last-bit")
 
 
 def relative_l1(theta: Tensor, other: Tensor) -> float:
     """Return RelL1, 2/N Σ|θ − θ'| / (|θ| + |θ'|) in [0, 2]; entries that are zero in both count as equal."""
-    theta, other = theta.double(), other.double()
+    theta = theta.double()
+    other = other.double()
     size = theta.abs() + other.abs()
     return float(2 * torch.where(size > 0, (theta - other).abs() / size, 0.0).mean())
 
@@ -196,10 +203,10 @@ class _Trajectory:
         for optimizer in self._optimizers:
             optimizer.step()
 
-    def distance(self, other: _Trajectory) -> tuple[float, float]:
-        """Return ‖θ − θ'‖₂ and RelL1."""
-        mine, its = (torch.cat([p.detach().double().reshape(-1) for p in t.points]) for t in (self, other))
-        return float(torch.linalg.vector_norm(mine - its)), relative_l1(mine, its)
+    @property
+    def vector(self) -> Tensor:
+        """θ in double precision, ``(n,)``."""
+        return torch.cat([p.detach().double().reshape(-1) for p in self.points])
 
 
 def _cast_state(value: Any, dtype: torch.dtype) -> Any:
@@ -214,7 +221,7 @@ def _direction(perturbation: str | Tensor, n: int, seed: int) -> Tensor:
     return perturbation.detach()
 
 
-def _ignores_input(loss_at: Any, batch: Any) -> bool:
+def _ignores_input(loss_at: Callable[[Any], float], batch: Any) -> bool:
     """Whether the loss stays the same when all samples get the same input: the first tensor of the batch."""
     first: list[Tensor] = []
 
@@ -224,7 +231,8 @@ def _ignores_input(loss_at: Any, batch: Any) -> bool:
         first.append(x)
         return x[:1].expand_as(x).clone()
 
-    before, after = loss_at(batch), loss_at(map_batch(batch, alike))
+    before = loss_at(batch)
+    after = loss_at(map_batch(batch, alike))
     return bool(first) and math.isclose(before, after, rel_tol=_SAME_LOSS, abs_tol=0.0)
 
 

@@ -72,7 +72,8 @@ def test_gain_along_the_top_mode_is_the_multiplier_to_the_power(lr: float) -> No
 
 
 def test_relative_l1_is_the_papers() -> None:
-    theta, other = torch.tensor([1.0, -2.0, 0.0, 0.0]), torch.tensor([1.5, 2.0, 3.0, 0.0])
+    theta = torch.tensor([1.0, -2.0, 0.0, 0.0])
+    other = torch.tensor([1.5, 2.0, 3.0, 0.0])
     assert relative_l1(theta, other) == pytest.approx(2 / 4 * (0.5 / 2.5 + 4 / 4 + 3 / 3))
 
 
@@ -102,7 +103,8 @@ def test_twins_are_what_a_plain_loop_gives_and_the_run_is_untouched(build: Build
         cross_entropy(net, batch).backward()
         optimizer.step()
     before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
-    generator, grads = torch.get_rng_state(), [p.grad for p in net.parameters()]
+    generator = torch.get_rng_state()
+    grads = [p.grad for p in net.parameters()]
     run = twin_run(net, cross_entropy, data, optimizer, steps=7, k=3.0)
     after = (net.state_dict(), optimizer.state_dict())
     assert str(before) == str(after)

@@ -85,13 +85,18 @@ class WebhookSink:
             raise ValueError("Expected `url` to be an http or https address, got something else (not shown: a secret).")
         if timeout <= 0.0 or retries < 0:
             raise ValueError(f"Expected `timeout` > 0 and `retries` >= 0, got {timeout} and {retries}.")
-        self._url, self._host = url, parts.hostname
-        self._timeout, self._retries, self._headers = timeout, retries, dict(headers or {})
+        self._url = url
+        self._host = parts.hostname
+        self._timeout = timeout
+        self._retries = retries
+        self._headers = dict(headers or {})
         self._payload = payload or _slack
-        self.sent = self.dropped = 0
+        self.sent = 0
+        self.dropped = 0
         self.last_error: str | None = None
+        self._lock = threading.Lock()
+        self._waiting: queue.Queue[bytes] = queue.Queue(_WAITING)
         self._thread: threading.Thread | None = None
-        self._start()
 
     def __repr__(self) -> str:
         return f"WebhookSink({self._host!r})"
@@ -123,13 +128,7 @@ class WebhookSink:
         return {key: value for key, value in vars(self).items() if key not in ("_thread", "_lock", "_waiting")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
-
-    def _start(self) -> None:
-        self._lock = threading.Lock()
-        self._waiting: queue.Queue[bytes] = queue.Queue(_WAITING)
-        self._thread = None
+        self.__dict__.update(vars(WebhookSink(state["_url"])) | state)
 
     def _work(self) -> None:
         while True:

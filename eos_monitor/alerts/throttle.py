@@ -11,7 +11,7 @@ from eos_monitor.alerts.alert import Alert
 
 
 class Throttle:
-    """Decides which alerts go out: not the same change over and over, and never many at once.
+    """Limit on the alerts that go out: not the same change over and over, and never many at once.
 
     A change of verdict that went out already is held back for ``cooldown`` seconds, unless it is to a worse verdict
     than any since. At most ``per_minute`` go out in a minute. What was held back is counted for :meth:`summary`.
@@ -25,7 +25,9 @@ class Throttle:
     def __init__(self, cooldown: float = 60.0, per_minute: int = 10, clock: Callable[[], float] = time.time) -> None:
         if cooldown < 0.0 or per_minute < 1:
             raise ValueError(f"Expected `cooldown` >= 0 and `per_minute` >= 1, got {cooldown} and {per_minute}.")
-        self._cooldown, self._per_minute, self._clock = cooldown, per_minute, clock
+        self._cooldown = cooldown
+        self._per_minute = per_minute
+        self._clock = clock
         self._last: dict[str, float] = {}  # kind of change -> when it went out
         self._recent: deque[tuple[float, int]] = deque()  # when, and how bad
         self._counts: dict[str, int] = {}
@@ -33,7 +35,8 @@ class Throttle:
 
     def passes(self, alert: Alert) -> bool:
         """Whether ``alert`` goes out now."""
-        now, kind = self._clock(), alert.kind
+        now = self._clock()
+        kind = alert.kind
         self._counts[kind] = self._counts.get(kind, 0) + 1
         while self._recent and now - self._recent[0][0] >= max(60.0, self._cooldown):
             self._recent.popleft()
@@ -66,6 +69,7 @@ class Throttle:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self._last, self._counts = dict(state["last"]), dict(state["counts"])
+        self._last = dict(state["last"])
+        self._counts = dict(state["counts"])
         self._recent = deque((when, bad) for when, bad in state["recent"])
         self.held_back = state["held_back"]

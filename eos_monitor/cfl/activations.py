@@ -1,14 +1,4 @@
-r"""Elementwise activations: their second derivatives, and where on the real line they are in which regime.
-
-A pre-activation z is *transitioning* where :math:`|r''(z)| \ge \tfrac12 \max |r''|`; elsewhere it is *activated* where
-:math:`|r'(z)| \ge \tfrac12 \sup |r'|`, and *not activated* otherwise. Kinks (ReLU) have no such width of their own:
-there z is transitioning within a reach that the caller names.
-
-References:
-    Sun, Lao, Yezzi, Sundaramoorthi, "A PDE-based Explanation of Extreme Numerical Sensitivities and Edge of
-    Stability in Training Neural Networks", arXiv 2206.02001, section 5.4 and table 3, which tells the regimes of Swish
-    apart by K*I ≫ 0, ≈ 0 and ≪ 0 without naming a border.
-"""
+"""Elementwise activations: their second derivatives, and how many pre-activations are in which regime."""
 
 from __future__ import annotations
 
@@ -22,50 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NOT_ACTIVATED, TRANSITIONING, ACTIVATED = 0, 1, 2
+from eos_monitor.cfl.partition import (
+    ACTIVATED,
+    NOT_ACTIVATED,
+    PARTITIONS,
+    TRANSITIONING,
+    Elementwise,
+    Partition,
+    derivatives,
+    hill,
+    numeric_partition,
+)
 
-Elementwise = Callable[[Tensor], Tensor]
-
-_GRID_END, _GRID_STEP = 20.0, 1e-3  # of the numeric rule; beyond it functions are taken to be in their last regime
-_JUMP = 1e-3  # a kink is a jump of r′ by more than this share of sup |r′|
-_SQRT_2, _SQRT_2PI = math.sqrt(2.0), math.sqrt(2.0 * math.pi)
-
-
-@dataclass(frozen=True)
-class Partition:
-    """The real line cut into regimes.
-
-    Attributes:
-        borders: Ascending borders, in units of 1/scale of the activation.
-        regimes: Regime below the first border, …, above the last; at a border that of the interval above it.
-        kinks: Where r′ jumps, in units of z.
-    """
-
-    borders: tuple[float, ...]
-    regimes: tuple[int, ...]
-    kinks: tuple[float, ...] = ()
-
-
-def _hill(low: float, high: float) -> Partition:
-    return Partition((low, high), (NOT_ACTIVATED, TRANSITIONING, ACTIVATED))
-
-
-def _two_bands(inner: float, outer: float) -> Partition:
-    core = (NOT_ACTIVATED, TRANSITIONING, ACTIVATED, TRANSITIONING, NOT_ACTIVATED)
-    return Partition((-outer, -inner, inner, outer), core)
-
-
-# Solutions of |r″(z)| = ½ max |r″|, at scale 1.
-_PARTITIONS = {
-    "silu": _hill(-1.170685945929424, 1.170685945929424),
-    "gelu": _hill(-0.7936284493960728, 0.7936284493960728),
-    "gelu_tanh": _hill(-0.7929887111352353, 0.7929887111352353),
-    "mish": _hill(-1.0624289321051148, 0.7542057161583409),
-    "softplus": _hill(-2.0 * math.acosh(_SQRT_2), 2.0 * math.acosh(_SQRT_2)),
-    "hardswish": _hill(-3.0, 3.0),
-    "tanh": _two_bands(0.2032655736710794, 1.396312279220164),
-    "sigmoid": _two_bands(0.40653114734215856, 2.7926245584403127),
-}
+_SQRT_2PI = math.sqrt(2.0 * math.pi)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +68,7 @@ class Activation:
         if self.second is not None:
             return self.second(z)
         with torch.enable_grad():
-            return _derivatives(self.function, z)[1]
+            return derivatives(self.function, z)[1]
 
     def regimes(self, z: Tensor, reach: Tensor | float = 0.0) -> Tensor:
         """Return the regime of each entry of z: 0 not activated, 1 transitioning, 2 activated; int64, z's shape.
@@ -167,55 +126,6 @@ def _wide(z: Tensor) -> Tensor:
     return z.to(torch.promote_types(z.dtype, torch.float32))  # borders would be rounded to three digits in bfloat16
 
 
-def _derivatives(function: Elementwise, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return r′ and r″ at z by two backward passes through the scalar function."""
-    z = z.detach().clone().requires_grad_()
-    value = function(z)
-    if value.shape != z.shape:
-        raise ValueError(f"Expected an elementwise function, got {tuple(value.shape)} from {tuple(z.shape)}.")
-    (first,) = torch.autograd.grad(value.sum(), z, create_graph=True)
-    if not first.requires_grad:  # linear
-        return first, torch.zeros_like(first)
-    (second,) = torch.autograd.grad(first.sum(), z, allow_unused=True)
-    return first.detach(), torch.zeros_like(first) if second is None else second
-
-
-def numeric_partition(function: Elementwise) -> Partition:
-    """Apply the rule on a grid of |z| ≤ 20; borders are good to 1e-6 where r″ is smooth."""
-    count = round(_GRID_END / _GRID_STEP)
-    # Off zero by half a step: 0 is where kinks are, and autograd has to pick a side there.
-    z = (torch.arange(-count, count, dtype=torch.float64) + 0.5) * _GRID_STEP
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            first, second = _derivatives(function, z)
-    except RuntimeError as error:
-        raise ValueError(f"Expected a function of single numbers, got one that fails on them: {error}") from error
-    first, second = first.abs().nan_to_num(), second.nan_to_num()
-    jumps = first.diff().abs() - _GRID_STEP * torch.maximum(second.abs()[1:], second.abs()[:-1])
-    kinks = (z[:-1] + _GRID_STEP / 2)[jumps > _JUMP * first.max()]
-    half, bend = second.abs().max() / 2, second.abs()
-    regimes = torch.where(first >= first.max() / 2, ACTIVATED, NOT_ACTIVATED)
-    # Where r″ vanishes everywhere, "at least half of its maximum" would hold everywhere.
-    if float(half) > 1e-12:
-        regimes[bend >= half] = TRANSITIONING
-    changes = (regimes.diff() != 0).nonzero().flatten()
-    borders = [_crossing(z, bend - half, first - first.max() / 2, int(i), regimes) for i in changes]
-    return Partition(
-        tuple(borders),
-        (int(regimes[0]), *(int(regimes[i + 1]) for i in changes)),
-        tuple(round(float(kink), 9) for kink in kinks),
-    )
-
-
-def _crossing(z: Tensor, bend: Tensor, slope: Tensor, i: int, regimes: Tensor) -> float:
-    """Find between grid points i and i + 1 where the quantity that changed the regime passes zero."""
-    level = bend if TRANSITIONING in (int(regimes[i]), int(regimes[i + 1])) else slope
-    below, above = float(level[i]), float(level[i + 1])
-    # A jump (piecewise r″) has no crossing to interpolate: it is in the middle, where grids are laid around 0.
-    share = 0.5 if abs(above - below) > 0.1 * float(level.abs().max()) else below / (below - above)
-    return float(z[i]) + share * _GRID_STEP
-
-
 def _silu2(beta: float | Tensor) -> Elementwise:
     def second(z: Tensor) -> Tensor:
         s = torch.sigmoid(beta * z)
@@ -242,7 +152,7 @@ def swish(beta: float | Tensor = 1.0) -> Activation:
     """Return z σ(βz), the papers' activation; β may be learned, and one number per channel."""
     beta = beta.detach() if isinstance(beta, Tensor) else float(beta)
     return Activation(
-        "silu", lambda z: z * torch.sigmoid(beta * z), {"beta": beta}, beta, _PARTITIONS["silu"], _silu2(beta)
+        "silu", lambda z: z * torch.sigmoid(beta * z), {"beta": beta}, beta, PARTITIONS["silu"], _silu2(beta)
     )
 
 
@@ -251,21 +161,23 @@ def _softplus(beta: float, threshold: float) -> Activation:
         s = torch.sigmoid(beta * z)
         return torch.where(beta * z > threshold, 0.0, beta * s * (1.0 - s))  # linear above the threshold
 
-    low, high = _PARTITIONS["softplus"].borders
+    low, high = PARTITIONS["softplus"].borders
     return Activation(
         "softplus",
         lambda z: F.softplus(z, beta, threshold),
         {"beta": beta, "threshold": threshold},
         beta,
         # A threshold below 0 cuts off the top of the hill, and with it what "half of the maximum" is.
-        _hill(low, min(high, threshold)) if threshold >= 0.0 else None,
+        hill(low, min(high, threshold)) if threshold >= 0.0 else None,
         second,
     )
 
 
 def _exponential(name: str, alpha: float, rate: float, slope: float, function: Elementwise) -> Activation:
     """ELU's family: slope · z above 0, and slope · α(e^(rate·z) − 1) below."""
-    left, right = abs(alpha * rate), 1.0  # r′ at 0 from both sides, in units of the slope
+    # r′ at 0 from both sides, in units of the slope
+    left = abs(alpha * rate)
+    right = 1.0
     steep = ACTIVATED if right >= max(left, right) / 2.0 else NOT_ACTIVATED
 
     def second(z: Tensor) -> Tensor:
@@ -277,7 +189,8 @@ def _exponential(name: str, alpha: float, rate: float, slope: float, function: E
 
 
 def _selu() -> Activation:
-    alpha, slope = 1.6732632423543772, 1.0507009873554805
+    alpha = 1.6732632423543772
+    slope = 1.0507009873554805
     return _exponential("selu", alpha, 1.0, slope, F.selu)
 
 
@@ -326,7 +239,7 @@ def _gelu(approximate: str) -> Activation:
         lambda z: F.gelu(z, approximate=approximate),
         {"approximate": approximate},
         1.0,
-        _PARTITIONS["gelu_tanh" if tanh else "gelu"],
+        PARTITIONS["gelu_tanh" if tanh else "gelu"],
         None if tanh else _gelu2,
     )
 
@@ -342,11 +255,11 @@ def _threshold(threshold: float, value: float) -> Activation | None:
 _BUILDERS: dict[str, tuple[dict[str, Any], Callable[..., Activation | None]]] = {
     "silu": ({}, swish),
     "gelu": ({"approximate": "none"}, _gelu),
-    "mish": ({}, lambda: Activation("mish", F.mish, known=_PARTITIONS["mish"])),
+    "mish": ({}, lambda: Activation("mish", F.mish, known=PARTITIONS["mish"])),
     "softplus": ({"beta": 1.0, "threshold": 20.0}, _softplus),
-    "tanh": ({}, lambda: Activation("tanh", torch.tanh, known=_PARTITIONS["tanh"], second=_tanh2)),
-    "sigmoid": ({}, lambda: Activation("sigmoid", torch.sigmoid, known=_PARTITIONS["sigmoid"], second=_sigmoid2)),
-    "hardswish": ({}, lambda: Activation("hardswish", F.hardswish, known=_PARTITIONS["hardswish"])),
+    "tanh": ({}, lambda: Activation("tanh", torch.tanh, known=PARTITIONS["tanh"], second=_tanh2)),
+    "sigmoid": ({}, lambda: Activation("sigmoid", torch.sigmoid, known=PARTITIONS["sigmoid"], second=_sigmoid2)),
+    "hardswish": ({}, lambda: Activation("hardswish", F.hardswish, known=PARTITIONS["hardswish"])),
     "elu": ({"alpha": 1.0}, lambda alpha: _exponential("elu", alpha, 1.0, 1.0, lambda z: F.elu(z, alpha))),
     "celu": ({"alpha": 1.0}, lambda alpha: _exponential("celu", alpha, 1.0 / alpha, 1.0, lambda z: F.celu(z, alpha))),
     "selu": ({}, _selu),

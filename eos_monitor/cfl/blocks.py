@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from eos_monitor.isolation.sandbox import LossFn, Sandbox
+from eos_monitor.cfl.objective import Objective
 
 _KEPT = 4  # gradient graphs; with more batches they are rebuilt at every product
 
@@ -20,23 +19,12 @@ class HessianBlocks:
     batches the graphs are rebuilt, one at a time, at every product.
 
     Args:
-        sandbox: Sandbox of the module, entered.
-        loss_fn: ``loss_fn(module, batch)`` -> mean loss.
-        batches: Batches of the probe, weighted by their samples.
-        samples: Samples in each.
+        objective: The mean loss.
         weights: Parameters whose blocks are wanted.
     """
 
-    def __init__(
-        self,
-        sandbox: Sandbox,
-        loss_fn: LossFn,
-        batches: Sequence[Any],
-        samples: Sequence[int],
-        weights: Sequence[Tensor],
-    ) -> None:
-        self._sandbox, self._loss_fn = sandbox, loss_fn
-        self._batches, self._shares = batches, [n / sum(samples) for n in samples]
+    def __init__(self, objective: Objective, weights: Sequence[Tensor]) -> None:
+        self._objective = objective
         self._weights = list(weights)
         self._kept: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         self.products = 0
@@ -45,7 +33,7 @@ class HessianBlocks:
         """Return the block of weight ``i`` times ``v``, ``(n,)``."""
         self.products += 1
         total = torch.zeros_like(v)
-        for b, share in enumerate(self._shares):
+        for b, share in enumerate(self._objective.shares):
             alias, gradient = self._gradient(b, i)
             if gradient is None or not gradient.requires_grad:
                 continue  # unused, or linear: this block is zero
@@ -57,7 +45,7 @@ class HessianBlocks:
         return total
 
     def _gradient(self, b: int, i: int) -> tuple[Tensor, Tensor | None]:
-        if len(self._batches) > _KEPT:
+        if len(self._objective.batches) > _KEPT:
             return self._record(b, [self._weights[i]])[0]
         if b not in self._kept:
             self._kept[b] = self._record(b, self._weights)
@@ -66,7 +54,7 @@ class HessianBlocks:
     def _record(self, b: int, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
         aliases = [w.detach().requires_grad_() for w in weights]
         stand_ins = dict(zip(weights, aliases, strict=True))
-        loss = self._sandbox.evaluate(self._loss_fn, self._batches[b], stand_ins, stream=b)
+        loss = self._objective.evaluate(b, stand_ins)
         if not loss.requires_grad:
             return [(alias, None) for alias in aliases]
         gradients = torch.autograd.grad(loss.reshape(()), aliases, create_graph=True, allow_unused=True)

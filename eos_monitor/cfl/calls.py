@@ -85,6 +85,18 @@ class LayerCall:
     batch_norm: BatchNormCall | None = None
     reason: str = ""
 
+    @property
+    def output_edge(self) -> GradientEdge:
+        """Gradient edge of z, in an evaluation that recorded a graph."""
+        assert self.edge is not None
+        return self.edge
+
+    @property
+    def normalized_edge(self) -> GradientEdge:
+        """Gradient edge behind the batch normalization in train mode that follows; of z where none does."""
+        behind = None if self.batch_norm is None else self.batch_norm.edge
+        return self.output_edge if behind is None else behind
+
     def apply(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the layer's function of its input, detached, with another weight and bias."""
         function: Callable[..., Tensor] = getattr(F, self.op)

@@ -12,28 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eos_monitor.cfl.calls import (
-    ActivationCall,
-    BatchNormCall,
-    Capture,
-    LayerCall,
-    LossCall,
-    Observer,
-)
+from eos_monitor.cfl.calls import Capture, Observer
 from eos_monitor.cfl.tracer import Tracer
 from eos_monitor.isolation.sandbox import LossFn, Sandbox
-
-__all__ = [
-    "ActivationCall",
-    "BatchNormCall",
-    "Capture",
-    "LayerCall",
-    "LossCall",
-    "NoLayerError",
-    "Observer",
-    "capture",
-    "layer_names",
-]
 
 _HIDDEN: dict[type[nn.Module], str] = {
     nn.MultiheadAttention: "inside nn.MultiheadAttention, whose projections are out of sight",
@@ -88,7 +69,8 @@ def capture(
         # Here, where the stand-ins are in their places, and afresh in each evaluation.
         tracer = Tracer(_measured(root, parameters), parameters, observers, previous)
         tracers.append(tracer)
-        own, forward = root.__dict__.get("forward"), root.forward
+        own = root.__dict__.get("forward")
+        forward = root.forward
         # Not a hook: other threads would run a global one, and the module's own are the user's.
         root.__dict__["forward"] = lambda *args, **kwargs: tracer.returned(forward(*args, **kwargs))
         try:
@@ -124,7 +106,8 @@ def _owner(name: str) -> str:
 
 def _missing(module: nn.Module, parameters: Mapping[Tensor, Tensor], tracer: Tracer) -> dict[str, str]:
     """Return why layers were not seen; to be called while the stand-ins are in their places."""
-    seen, measured = {call.name for call in tracer.layers}, set(_measured(module, parameters).values())
+    seen = {call.name for call in tracer.layers}
+    measured = set(_measured(module, parameters).values())
     hidden: dict[int, str] = {}
     for m in module.modules():
         for kind, reason in _HIDDEN.items():

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from eos_monitor.cfl.activations import Activation, Elementwise, is_activation, swish
+from eos_monitor.cfl.activations import Activation, is_activation, swish
+from eos_monitor.cfl.partition import Elementwise
 
 # Not activations by themselves, but what makes another one of an activation: relu(z).square().
 FOLLOWERS = ("square", "pow", "abs", "exp", "log1p", "expm1", "sqrt", "log")
@@ -29,7 +30,7 @@ class Chain:
             torch's activations in it, ``"curved"`` anything else.
         beta: β where the kind has one.
         composed: Whether the last call made an activation out of several.
-        claims: Numbers of the activations that it is made of.
+        applied: Numbers of the activations that it is made of.
     """
 
     source: Tensor
@@ -38,7 +39,7 @@ class Chain:
     kind: _Kind
     beta: float | Tensor = 1.0
     composed: bool = False
-    claims: frozenset[int] = frozenset()
+    applied: frozenset[int] = frozenset()
 
     @staticmethod
     def identity(source: Tensor) -> Chain:
@@ -62,6 +63,8 @@ class Chain:
 
 @dataclass(frozen=True)
 class _Hole:
+    """Place of an operand in a call that is made again, as a function of the chain's source."""
+
     function: Elementwise
 
 
@@ -101,8 +104,8 @@ def extend(name: str, func: Any, args: Any, kwargs: Mapping[str, Any], chains: M
     kind, beta = _classify(name, args, parts)
     made = (is_activation(name) or name in FOLLOWERS) and parts[0].has_activation
     multiplied = len(parts) > 1 and name in ("mul", "div", "rdiv") and not all(part.straight for part in parts)
-    claims = frozenset[int]().union(*(part.claims for part in parts))
-    return Chain(parts[0].source, parts[0].version, function, kind, beta, made or multiplied, claims)
+    applied = frozenset[int]().union(*(part.applied for part in parts))
+    return Chain(parts[0].source, parts[0].version, function, kind, beta, made or multiplied, applied)
 
 
 def _classify(name: str, args: Any, parts: list[Chain]) -> tuple[_Kind, float | Tensor]:

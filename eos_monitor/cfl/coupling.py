@@ -1,4 +1,4 @@
-"""What lies between a layer and the loss, read from the autograd graph.
+"""What lies between a layer and the loss, read from the autograd graph and its gradients.
 
 The cheap tier leaves out D, the curvature of what comes behind the next layers. Where nothing there is curved, D = 0;
 where samples are coupled there, or two quantities that both depend on the layer are multiplied, D can be most of it.
@@ -9,6 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from eos_monitor.cfl.calls import LayerCall
 
 Form = Literal["exact-form", "approximate", "weak"]
 
@@ -23,6 +29,7 @@ _STRAIGHT = (
     "Mm", "Mv", "Bmm", "Baddbmm", "Mul", "Div", "AccumulateGrad", "MkldnnConvolution", "CudnnConvolution",
     "PixelShuffle",
 )  # fmt: skip
+_LEAK = 1e-6  # of a gradient that is where none should be; batched kernels leave exact zeros
 _PRODUCTS = ("Mul", "Bmm", "Mm", "Mv", "Baddbmm", "Addmm", "Convolution", "Div", "Prelu", "PreluKernel", "Where")
 _NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm")
 
@@ -51,12 +58,15 @@ def surroundings(root: Any, layers: Mapping[str, Sequence[Any]]) -> dict[str, Su
         layers: Name -> nodes of the layer's outputs, one for each use.
     """
     walk = _Walk(root, layers)
-    return {name: walk.verdict(i, len(nodes)) for i, (name, nodes) in enumerate(layers.items())}
+    walk.run()
+    return {name: walk.surroundings(i, len(nodes)) for i, (name, nodes) in enumerate(layers.items())}
 
 
 def reaches_around(start: Any, out: Any, layers: Sequence[Any]) -> bool:
     """Whether the graph behind ``start`` has a layer that is not behind ``out``: the loss sees more than ``out``."""
-    seen, stack, wanted = {out}, [start], set(layers)
+    seen = {out}
+    stack = [start]
+    wanted = set(layers)
     while stack:
         node = stack.pop()
         if node in seen:
@@ -66,6 +76,30 @@ def reaches_around(start: Any, out: Any, layers: Sequence[Any]) -> bool:
         seen.add(node)
         stack += _inputs(node)
     return False
+
+
+def coupled_layers(edge: GradientEdge, v: Tensor, calls: Sequence[LayerCall], samples: int) -> frozenset[str]:
+    """Return the layers in which the outputs of every other sample depend on the rest.
+
+    Args:
+        edge: Where the net's output is in the graph, which is kept.
+        v: Vector of the output's shape, anything but zero in most samples.
+        calls: Calls of the layers.
+        samples: Samples in the batch.
+    """
+    if v.numel() % samples or v.shape[0] % samples:
+        return frozenset(call.name for call in calls)
+    half = v.reshape(samples, -1).clone()
+    half[1::2] = 0.0
+    ends = [call.normalized_edge for call in calls]
+    found = torch.autograd.grad([edge], ends, [half.view_as(v)], retain_graph=True, allow_unused=True)
+    coupled = set()
+    for call, g in zip(calls, found, strict=True):
+        if g is not None:
+            rows = g.reshape(samples, -1).abs().amax(1)
+            if float(rows[1::2].sum()) > _LEAK * float(rows.sum()):
+                coupled.add(call.name)
+    return frozenset(coupled)
 
 
 class _Walk:
@@ -80,16 +114,22 @@ class _Walk:
         self._reasons: dict[int, str] = {}
         self._far = 0  # layers with something curved behind the next layers
         self._near: list[tuple[Any, int]] = []  # curved nodes, and the layers that reach them directly
+
+    def run(self) -> None:
+        """Classify every node by the layers whose outputs reach it, directly and through another layer."""
         own: dict[Any, int] = {}
-        later: dict[Any, int] = {}  # through another layer
-        for node in _inputs_first(root):
+        later: dict[Any, int] = {}
+        for node in _inputs_first(self._root):
             parents = _inputs(node)
-            direct, through = _union(own[p] for p in parents), _union(later[p] for p in parents)
+            direct = _union(own[p] for p in parents)
+            through = _union(later[p] for p in parents)
             self._classify(node, direct, through, _twice(own[p] | later[p] for p in parents))
             start = self._starts.get(node)
-            own[node], later[node] = (direct, through) if start is None else (start, direct | through)
+            own[node] = direct if start is None else start
+            later[node] = through if start is None else direct | through
 
-    def verdict(self, i: int, uses: int) -> Surroundings:
+    def surroundings(self, i: int, uses: int) -> Surroundings:
+        """Return what was found of layer ``i``."""
         curved = frozenset(node for node, bits in self._near if bits >> i & 1)
         if uses > 1:
             return Surroundings("weak", f"its weight is used {uses} times", curved)
@@ -128,7 +168,9 @@ class _Walk:
 
     def _bypassing(self, without: Any) -> int:
         """Return the layers with a path to the root that avoids a node."""
-        seen, stack, found = {without}, [self._root], 0
+        seen = {without}
+        stack = [self._root]
+        found = 0
         while stack:
             node = stack.pop()
             if node in seen:
@@ -176,7 +218,8 @@ def _union(masks: Iterable[int]) -> int:
 
 
 def _twice(masks: Iterable[int]) -> int:
-    once = again = 0
+    once = 0
+    again = 0
     for mask in masks:
         again |= once & mask
         once |= mask

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from eos_monitor.cfl.linear_maps import LAYER_OPS
+from eos_monitor.cfl.calls import LAYER_FUNCTIONS, Capture
+from eos_monitor.cfl.loss_input import LossInput
+from eos_monitor.cfl.objective import Objective
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +30,7 @@ class Segment:
 
 
 class CutMode(TorchFunctionMode):
-    """Cuts the graph at every layer.
+    """Function mode that cuts the graph at every layer.
 
     Args:
         weights: Ids of the tensors that are layers' weights in this evaluation.
@@ -37,7 +39,8 @@ class CutMode(TorchFunctionMode):
 
     def __init__(self, weights: set[int], gradients: Mapping[int, Tensor]) -> None:
         super().__init__()
-        self._weights, self._gradients = weights, gradients
+        self._weights = weights
+        self._gradients = gradients
         self._outputs: list[Tensor] = []
         self._ends: list[GradientEdge] = []
         self._gradients_of_ends: list[Tensor] = []
@@ -45,7 +48,7 @@ class CutMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
-        is_layer = getattr(func, "__name__", "") in LAYER_OPS and id(weight) in self._weights
+        is_layer = getattr(func, "__name__", "") in LAYER_FUNCTIONS and id(weight) in self._weights
         if not (is_layer and torch.is_grad_enabled()):
             return func(*args, **kwargs)
         x = args[0] if args else kwargs.pop("input")
@@ -83,3 +86,34 @@ class CutMode(TorchFunctionMode):
             for (number, z), g in zip(outputs.items(), found, strict=True)
             if g is not None and g.requires_grad
         }
+
+
+def cut_graph_segments(
+    objective: Objective,
+    i: int,
+    parameters: Sequence[Tensor],
+    captured: Capture,
+    loss_input: LossInput,
+    wanted: set[int],
+) -> dict[int, Segment]:
+    """Return the segments behind the wanted calls of batch ``i`` that have curvature, from a second evaluation.
+
+    Args:
+        objective: The mean loss.
+        i: Number of the batch.
+        parameters: Trained parameters.
+        captured: The first evaluation, whose graph is kept.
+        loss_input: What the loss is a function of in it.
+        wanted: Numbers of the calls.
+    """
+    edges = [loss_input.edge, *(call.output_edge for call in captured.layers)]
+    gradients = torch.autograd.grad(captured.loss.reshape(()), edges, retain_graph=True, allow_unused=True)
+    at_calls = {call.index: g for call, g in zip(captured.layers, gradients[1:], strict=True) if g is not None}
+    stand_ins = {p: p.detach() for p in parameters}
+    mode = CutMode({id(p) for p in stand_ins.values()}, at_calls)
+    with mode:
+        again = objective.capture(i, stand_ins)
+    # A layer's output is an end already.
+    edge = loss_input.edge_in(again)
+    out = [] if edge is None else [(edge, gradients[0])]
+    return mode.segments(out, wanted)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from eos_monitor.cfl.activations import ACTIVATED, NOT_ACTIVATED, TRANSITIONING
 from eos_monitor.cfl.layer_limits import LayerLimit
 from eos_monitor.cfl.paper_bound import PaperBound
+from eos_monitor.cfl.partition import ACTIVATED, NOT_ACTIVATED, TRANSITIONING
 from eos_monitor.curvature.lanczos import Spectrum
 
 

@@ -1,4 +1,4 @@
-r"""Probes of the loss's curvature at the output: vectors v with mean v vᵀ ≈ H_out.
+r"""GN's factors: probes v of the loss's curvature at the output, mean v vᵀ ≈ H_out, and what they are at the layers.
 
 The curvature of the loss in the net's output is a block for each sample (or each row of it). Signs in the eigenbasis
 of the blocks have the least noise of all probes that were compared; the empirical Fisher is none (late in training it
@@ -8,11 +8,13 @@ so that class weights, ignored rows, label smoothing and reductions need no case
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+
+from eos_monitor.cfl.calls import LayerCall
 
 _LARGEST_BLOCK = 64  # blocks above are not diagonalised
 _ROUNDINGS = 100
@@ -20,7 +22,7 @@ _Product = Callable[[Tensor], Tensor]
 
 
 class NotSeparableError(RuntimeError):
-    """The loss couples its rows, so that it has no Gauss–Newton pieces by sample."""
+    """The loss couples its rows, so that GN is no sum over samples."""
 
 
 def output_probes(
@@ -58,8 +60,29 @@ def output_probes(
     root = _root(product, out.detach(), signs)
     if probes & (probes - 1):
         return [root(signs()) for _ in range(probes)]
-    basis, place = signs(), torch.arange(out[0].numel(), device=out.device).view(out.shape[1:]) % probes
+    basis = signs()
+    place = torch.arange(out[0].numel(), device=out.device).view(out.shape[1:]) % probes
     return [root(basis * row[place]) for row in _hadamard(probes).to(out)]
+
+
+def probe_gradients(
+    edge: GradientEdge, probes: Sequence[Tensor], calls: Sequence[LayerCall], samples: int
+) -> list[Tensor]:
+    """Return g = ∂⟨v, out⟩/∂z of each call and probe v, ``(samples, probes, entries of z in one sample)``.
+
+    Args:
+        edge: Where the output is in the graph, which is kept.
+        probes: Vectors v of the output's shape.
+        calls: Calls of layers; behind a batch normalization in train mode, z is what it returns.
+        samples: Samples in the batch.
+    """
+    ends = [call.normalized_edge for call in calls]
+    gradients = [call.weight.new_empty(samples, len(probes), call.shape.numel() // samples) for call in calls]
+    for r, v in enumerate(probes):
+        found = torch.autograd.grad([edge], ends, [v], retain_graph=True, allow_unused=True)
+        for at_call, g in zip(gradients, found, strict=True):
+            at_call[:, r] = 0.0 if g is None else g.reshape(samples, -1)
+    return gradients
 
 
 def _hadamard(size: int) -> Tensor:
@@ -73,7 +96,8 @@ def _root(product: _Product, out: Tensor, signs: Callable[[], Tensor]) -> _Produ
     """Return the map e -> H^½ e, up to a rotation, after recognising the form of H."""
     # Not signs alone: against these, H u must tell the structures apart.
     u = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype, device=out.device).reshape(out.shape) * signs()
-    hu, e = product(u), signs()
+    hu = product(u)
+    e = signs()
     diagonal = e * product(e)
     if _agree(diagonal * u, hu):
         scale = diagonal.clamp(min=0.0).sqrt()
@@ -95,7 +119,7 @@ def _root(product: _Product, out: Tensor, signs: Callable[[], Tensor]) -> _Produ
 
 
 def _softmax_root(out: Tensor, axis: int, u: Tensor, hu: Tensor) -> _Product | None:
-    """H = w (diag p − p pᵀ) by rows, whatever the weights w ≥ 0 of the rows."""
+    """Return the root of H = w (diag p − p pᵀ) by rows, whatever the weights w ≥ 0 of the rows; None if H is other."""
     p = torch.softmax(out, axis)
     bare = p * u - p * (p * u).sum(axis, keepdim=True)
     strength = (u * bare).sum(axis, keepdim=True)
@@ -113,12 +137,12 @@ def _softmax_root(out: Tensor, axis: int, u: Tensor, hu: Tensor) -> _Product | N
         half = p.sqrt()
         return lambda e: scale * (half * e - p * (half * e).sum(axis, keepdim=True))
     rows = p.movedim(axis, -1)
-    root = _eigenbasis(torch.diag_embed(rows) - rows[..., :, None] * rows[..., None, :])
+    root = _eigen_root(torch.diag_embed(rows) - rows[..., :, None] * rows[..., None, :])
     return lambda e: scale * root(e.movedim(axis, -1)).movedim(-1, axis)
 
 
 def _block_root(product: _Product, out: Tensor, axis: int, u: Tensor, hu: Tensor) -> _Product | None:
-    """H in blocks along one axis, by one product for each of its entries."""
+    """Return the root of H in blocks along one axis, by one product for each of its entries; None if H is other."""
     size = out.shape[axis]
     if size > _LARGEST_BLOCK:
         return None
@@ -131,11 +155,12 @@ def _block_root(product: _Product, out: Tensor, axis: int, u: Tensor, hu: Tensor
     expected = (blocks @ u.movedim(axis, -1)[..., None])[..., 0].movedim(-1, axis)
     if not _agree(expected, hu):
         return None
-    root = _eigenbasis((blocks + blocks.mT) / 2)
+    root = _eigen_root((blocks + blocks.mT) / 2)
     return lambda e: root(e.movedim(axis, -1)).movedim(-1, axis)
 
 
-def _eigenbasis(blocks: Tensor) -> _Product:
+def _eigen_root(blocks: Tensor) -> _Product:
+    """Return the root of blocks: their eigenvectors times the roots of their eigenvalues."""
     values, vectors = torch.linalg.eigh(blocks)
     root = vectors * values.clamp(min=0.0).sqrt()[..., None, :]  # negative ones are not Gauss–Newton's
     return lambda e: (root @ e[..., None])[..., 0]

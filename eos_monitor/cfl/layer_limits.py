@@ -56,11 +56,14 @@ class LayerLimit:
         return self.lr * a / (r - b) if r > b else math.inf
 
 
-class Limits:
+class LayerLimits:
     """Limits of all trained weights; plain gradient descent of an unknown learning rate without an optimizer.
 
     Args:
         optimizers: The optimizers in use.
+
+    Attributes:
+        why_not: Why the optimizers have no limits, in words; empty if they have.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -68,20 +71,20 @@ class Limits:
         self.why_not = ""
         self._slices: dict[int, slice] = {}
         self._lr: dict[int, float] = {}
+        self._twice: Tensor | None = None  # c at twice the learning rates
+        self._half: Tensor | None = None  # and at half of them
         if not optimizers:
             return
         self._at = critical_curvature(optimizers)
-        self._twice, self._half = (critical_curvature(optimizers, lr_scale=s).c for s in (2.0, 0.5))
+        self._twice = critical_curvature(optimizers, lr_scale=2.0).c
+        self._half = critical_curvature(optimizers, lr_scale=0.5).c
         sizes = [p.numel() for p in self._at.params]
         for p, end, size in zip(self._at.params, accumulate(sizes), sizes, strict=True):
             self._slices[id(p)] = slice(end - size, end)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 self._lr |= dict.fromkeys(map(id, group["params"]), float(group.get("lr", math.nan)))
-        if self._at.c is None:
-            self.why_not = f"no known threshold for {', '.join(self._at.without_threshold) or 'this optimizer'}"
-        elif not self._at.ready:
-            self.why_not = "the optimizer's state is too young"
+        self.why_not = _why_not(self._at)
 
     @property
     def params(self) -> tuple[Tensor, ...]:
@@ -101,33 +104,36 @@ class Limits:
         if self.why_not or self._at.c is None:
             return None
         part = self._slices[id(parameter)]
-        c, l2 = (shortened(values[part]).to(parameter.device) for values in (self._at.c, self._at.l2))
+        c = shortened(self._at.c[part]).to(parameter.device)
+        l2 = shortened(self._at.l2[part]).to(parameter.device)
         if not bool(torch.isfinite(c).any()):
             return None
         if len(c) > 1:  # dead units leave Adam's c near zero; so does the curvature there
             c = c.clamp(min=_DEAD * float(c[torch.isfinite(c)].median()))
+        law = None
+        if self._twice is not None and self._half is not None:
+            law = _law(self._at.c[part].double(), self._twice[part].double(), self._half[part].double())
         return LayerLimit(
-            c.rsqrt().to(dtype),
-            l2.to(dtype),
-            self._at.sign,
-            self._lr[id(parameter)],
-            self._at.threshold,
-            self._law(part),
+            c.rsqrt().to(dtype), l2.to(dtype), self._at.sign, self._lr[id(parameter)], self._at.threshold, law
         )
 
-    def _law(self, part: slice) -> tuple[float, float] | None:
-        assert self._at is not None
-        assert self._at.c is not None
-        if self._twice is None or self._half is None:
-            return None
-        now = self._at.c[part].double()
-        finite = torch.isfinite(now)
-        ratios = [values[part].double()[finite] / now[finite] for values in (self._twice, self._half)]
-        (low2, high2), (low, high) = (map(float, torch.aminmax(ratio)) for ratio in ratios)
-        # a/2 + b at twice the rate and a + b = 1 now; at half the rate it must be 2a + b.
-        a = 2.0 * (1.0 - high2)
-        b = 1.0 - a
-        follows = all(abs(x - (2.0 * a + b)) <= 1e-6 * abs(x) for x in (low, high)) and high2 - low2 <= 1e-6 * high2
-        if abs(b) < 5e-7:  # rounding of c ∝ 1/lr
-            a, b = 1.0, 0.0
-        return (a, b) if follows and a > 0.0 else None
+
+def _law(now: Tensor, twice: Tensor, half: Tensor) -> tuple[float, float] | None:
+    """Return ``(a, b)`` with c(t·lr) = c · (a/t + b), from c now, at twice and at half the learning rate."""
+    finite = torch.isfinite(now)
+    low2, high2 = map(float, torch.aminmax(twice[finite] / now[finite]))
+    low, high = map(float, torch.aminmax(half[finite] / now[finite]))
+    # a/2 + b at twice the rate and a + b = 1 now; at half the rate it must be 2a + b.
+    a = 2.0 * (1.0 - high2)
+    b = 1.0 - a
+    follows = all(abs(x - (2.0 * a + b)) <= 1e-6 * abs(x) for x in (low, high)) and high2 - low2 <= 1e-6 * high2
+    if abs(b) < 5e-7:  # rounding of c ∝ 1/lr
+        a = 1.0
+        b = 0.0
+    return (a, b) if follows and a > 0.0 else None
+
+
+def _why_not(at: CriticalCurvature) -> str:
+    if at.c is None:
+        return f"no known threshold for {', '.join(at.without_threshold) or 'this optimizer'}"
+    return "" if at.ready else "the optimizer's state is too young"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,6 +54,14 @@ class PaperBound:
         """Return 2 / (α + curvature), above which gradient descent on the linearization is unstable where a > 0."""
         total = weight_decay + (self.window_curvature if window else self.curvature)
         return 2.0 / total if total > 0.0 else math.inf
+
+
+def activation_gradients(loss: Tensor, calls: Iterable[LayerCall]) -> list[tuple[LayerCall, Tensor]]:
+    """Return the calls that an activation follows, with the gradient of the loss behind it; the graph is kept."""
+    follow = [(call, call.activation) for call in calls if call.activation]
+    edges = [activation.edge for _, activation in follow if activation.edge is not None]
+    found = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+    return [(call, g) for (call, _), g in zip(follow, found, strict=True) if g is not None]
 
 
 def paper_bound(calls: Sequence[LayerCall], gradients: Sequence[Tensor], activation: Activation) -> PaperBound:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from eos_monitor.cfl.activations import ACTIVATED, NOT_ACTIVATED, TRANSITIONING, Activation
+from eos_monitor.cfl.activations import Activation
 from eos_monitor.cfl.calls import Capture, LayerCall
 from eos_monitor.cfl.capture import capture, layer_names
-from eos_monitor.cfl.layer_pieces import sum_of
+from eos_monitor.cfl.partition import ACTIVATED, NOT_ACTIVATED, TRANSITIONING
 from eos_monitor.isolation.sandbox import LossFn, Sandbox
 
 KINK_WIDTH = 0.1
@@ -47,10 +48,11 @@ class RegimeCounter:
             )
         # What the last update moved it by; numbers that are not finite are in no regime.
         reach = self._kink_width if before is None else (z - before).abs().to(torch.promote_types(z.dtype, torch.float))
-        self._by_call[call.index] = sum_of(
+        counts = [
             activation.counts(z[rows], reach[rows] if isinstance(reach, Tensor) else reach)
             for rows in row_slices(activation, z)
-        )
+        ]
+        self._by_call[call.index] = reduce(torch.add, counts)
 
     def counts(self, captured: Capture) -> dict[str, Tensor]:
         """Return layer -> counts ``(3,)`` in the order of the regimes' numbers, summed over the layer's calls."""
@@ -140,7 +142,8 @@ class ActivationRegimes(Metric):
         self._names = tuple(layer_names(module))
         if not self._names:
             raise ValueError("Expected a module with a Linear or convolution layer, got one without any weight matrix.")
-        self._reference, self._kink_width = _Reference(module), kink_width
+        self._reference = _Reference(module)
+        self._kink_width = kink_width
         self._reasons: dict[str, str] = {}
         self._activations: dict[str, str] = {}
         # One row a layer whether or not it is seen, so that all processes have the same rows.
@@ -185,7 +188,8 @@ class ActivationRegimes(Metric):
     def reset(self) -> None:
         """Forget all counts."""
         super().reset()
-        self._reasons, self._activations = {}, {}
+        self._reasons = {}
+        self._activations = {}
 
     @property
     def activations(self) -> dict[str, str]:

@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 
 from eos_monitor.cfl.blocks import HessianBlocks
 from eos_monitor.cfl.capture import layer_names
+from eos_monitor.cfl.curvature_terms import CurvatureTerms, curvature_terms
 from eos_monitor.cfl.estimate import CFLEstimate
-from eos_monitor.cfl.layer_limits import LayerLimit, Limits
-from eos_monitor.cfl.layer_pieces import LayerPieces
-from eos_monitor.cfl.pieces import Pieces, Request, take_apart
+from eos_monitor.cfl.layer_curvature import LayerCurvature
+from eos_monitor.cfl.layer_limits import LayerLimit, LayerLimits
+from eos_monitor.cfl.objective import Objective
 from eos_monitor.curvature.lanczos import Spectrum, lanczos
 from eos_monitor.isolation.batches import batch_size
 from eos_monitor.isolation.sandbox import LossFn, Sandbox, preserve_rng
@@ -25,8 +26,10 @@ from eos_monitor.isolation.twin import as_list
 # Products of a Lanczos run: from a probe's gradient the cheap tier's Ritz value is at 1.00 (p10 0.97) of the converged
 # one after 5, and better than from a random vector after 6; the exact tier's, from the previous vector and the cheap
 # tier's, at 1.00 (p10 0.99) after 3.
-_CHEAP_COLD, _CHEAP_WARM = 5, 4
-_EXACT_COLD, _EXACT_WARM = 6, 3
+_CHEAP_COLD = 5
+_CHEAP_WARM = 4
+_EXACT_COLD = 6
+_EXACT_WARM = 3
 _TO_CONVERGENCE = 200
 _FIRST = 3  # layers that always get the exact tier
 _EARLY_STOP = 1e-3
@@ -34,9 +37,11 @@ _EARLY_STOP = 1e-3
 # products a layer on average, where 2e-2 took 4.5.
 _CHEAP_STOP = 0.1
 
+_Product = Callable[[Tensor], Tensor]
+
 
 class CFLGauge:
-    """Takes layer-wise estimates one after the other; each starts from the vectors of the one before.
+    """Gauge of the layers' curvature in two tiers; each measurement starts from the vectors of the one before.
 
     Args:
         probes: Probes of the loss's curvature at the output, ≥ 1.
@@ -62,7 +67,10 @@ class CFLGauge:
     ) -> None:
         if probes < 1:
             raise ValueError(f"Expected `probes` >= 1, got {probes}.")
-        self._probes, self._exact, self._seed, self._rtol = probes, exact, seed, rtol
+        self._probes = probes
+        self._exact = exact
+        self._seed = seed
+        self._rtol = rtol
         self._bound = paper_bound
         self._patterns = [layers] if isinstance(layers, str) else layers
         self._batch_size = batch_size_fn or batch_size
@@ -91,32 +99,24 @@ class CFLGauge:
         if not batches:
             raise ValueError("Expected at least one batch, got none.")
         samples = [self._batch_size(batch) for batch in batches]
-        optimizers = [] if optimizer is None else as_list(optimizer)
-        limits = Limits(optimizers)
+        limits = LayerLimits([] if optimizer is None else as_list(optimizer))
         weights = {name: p for name, p in layer_names(module).items() if self.wants(name) and limits.trains(p)}
         random = torch.Generator().manual_seed(self._seed)
-        sandbox = sandbox or Sandbox(module)
         trained = [p for p in module.parameters() if limits.trains(p)]
-        with sandbox:
-            # Found out once, when it first matters: it decides which layers get the exact tier.
-            choosing = refine or self._exact
-            known = self._coupled if self._coupled is not None or choosing else frozenset()
-            request = Request(loss_fn, trained, self.wants, self._probes, random, self._bound, known)
-            pieces = take_apart(sandbox, module, batches, samples, request)
-            if choosing:
-                self._coupled = pieces.coupled
-            estimates = [self._cheap(layer, limits, random) for layer in pieces.layers.values()]
-            estimates += [CFLEstimate.unknown(name, reason) for name, reason in pieces.not_attributed.items()]
+        objective = Objective(sandbox or Sandbox(module), module, loss_fn, batches, samples)
+        with objective.sandbox:
+            terms = self._terms(objective, trained, random, refine or self._exact)
+            estimates = [self._cheap(layer, limits, random) for layer in terms.layers.values()]
+            estimates += [CFLEstimate.unknown(name, reason) for name, reason in terms.not_attributed.items()]
             if refine or self._exact:
-                estimates = self._refined(
-                    estimates, pieces, weights, limits, random, sandbox, loss_fn, batches, samples
-                )
+                exact = self._refined(estimates, terms, weights, limits, random, objective)
+                estimates = [_merged(e, exact[e.layer]) if e.layer in exact else e for e in estimates]
         shares = _mode_shares(mode, limits, module, weights)
         estimates = [
             replace(
-                e.with_regimes(pieces.regimes.get(e.layer)),
+                e.with_regimes(terms.regimes.get(e.layer)),
                 top_mode_share=shares.get(e.layer),
-                paper_bound=pieces.bounds.get(e.layer),
+                paper_bound=terms.bounds.get(e.layer),
             )
             for e in estimates
         ]
@@ -126,20 +126,44 @@ class CFLGauge:
         """Whether a layer of this name is among those to be measured."""
         return self._patterns is None or any(fnmatchcase(name, pattern) for pattern in self._patterns)
 
-    def _cheap(self, layer: LayerPieces, limits: Limits, random: torch.Generator) -> CFLEstimate:
+    def _terms(
+        self, objective: Objective, trained: Sequence[Tensor], random: torch.Generator, choosing: bool
+    ) -> CurvatureTerms:
+        """Return T + GN of every wanted layer; where layers are to be chosen for the exact tier, also find the coupled.
+
+        They are looked for once, when it first matters.
+        """
+        terms = curvature_terms(
+            objective,
+            trained,
+            wanted=self.wants,
+            probes=self._probes,
+            generator=random,
+            bounded=self._bound,
+            coupled=self._coupled if self._coupled is not None or choosing else frozenset(),
+        )
+        if choosing:
+            self._coupled = terms.coupled
+        return terms
+
+    def _cheap(self, layer: LayerCurvature, limits: LayerLimits, random: torch.Generator) -> CFLEstimate:
         limit = limits.of(layer.parameter)
         before = self._cheap_vectors.get(layer.name)
         start = before if before is not None and before.numel() == layer.parameter.numel() else None
         directions: list[Tensor] = []
+        scaled = _scaled(layer.matvec, layer.parameter, limit)
+
+        def noted(u: Tensor) -> Tensor:
+            directions.append(u)
+            return scaled(u)
+
         spectrum = _solve(
-            layer.matvec,
+            noted,
             layer.parameter,
-            limit,
             _start_of(layer, limit) if start is None else start,
             _CHEAP_COLD if start is None else _CHEAP_WARM,
             _CHEAP_STOP,
             random,
-            directions,
         )
         self._cheap_vectors[layer.name] = spectrum.eigenvectors[:, 0]
         r = max(0.0, float(spectrum.eigenvalues[0]))
@@ -153,32 +177,29 @@ class CFLGauge:
 
     def _refined(
         self,
-        estimates: list[CFLEstimate],
-        pieces: Pieces,
+        estimates: Sequence[CFLEstimate],
+        terms: CurvatureTerms,
         weights: Mapping[str, Tensor],
-        limits: Limits,
+        limits: LayerLimits,
         random: torch.Generator,
-        sandbox: Sandbox,
-        loss_fn: LossFn,
-        batches: Sequence[Any],
-        samples: Sequence[int],
-    ) -> list[CFLEstimate]:
-        """Replace the curvature of the layers that the exact tier is for."""
+        objective: Objective,
+    ) -> dict[str, CFLEstimate]:
+        """Return the exact tier's estimates of the layers that it is for, by name."""
         if self._exact:
             chosen = [e.layer for e in estimates]
         else:
-            known = sorted(pieces.layers, key=lambda name: -_rank(estimates, name))
-            weak = [name for name in known[_FIRST:] if pieces.layers[name].surroundings.form == "weak"]
+            known = sorted(terms.layers, key=lambda name: -_rank(estimates, name))
+            weak = [name for name in known[_FIRST:] if terms.layers[name].surroundings.form == "weak"]
             chosen = [*known[:_FIRST], *weak]
         chosen = [name for name in chosen if name in weights]
-        blocks = HessianBlocks(sandbox, loss_fn, batches, samples, [weights[name] for name in chosen])
+        blocks = HessianBlocks(objective, [weights[name] for name in chosen])
         exact = {}
         for i, name in enumerate(chosen):
             limit = limits.of(weights[name])
             spectrum = self._exact_solve(blocks, i, name, weights[name], limit, random)
             self._exact_vectors[name] = spectrum.eigenvectors[:, 0]
             exact[name] = CFLEstimate.solved(name, float(spectrum.eigenvalues[0]), spectrum, limit, "exact")
-        return [_merged(e, exact[e.layer]) if e.layer in exact else e for e in estimates]
+        return exact
 
     def _exact_solve(
         self,
@@ -189,15 +210,16 @@ class CFLGauge:
         limit: LayerLimit | None,
         random: torch.Generator,
     ) -> Spectrum:
-        before, cheap = self._exact_vectors.get(name), self._cheap_vectors.get(name)
-        starts = [v for v in (before, cheap) if v is not None and v.numel() == weight.numel()]
+        known = (self._exact_vectors.get(name), self._cheap_vectors.get(name))
+        starts = [v for v in known if v is not None and v.numel() == weight.numel()]
         start = None
         if starts:
             # Aligned, or opposite signs of the same mode would cancel.
             start = starts[0] + sum((torch.sign(starts[0] @ v) or 1.0) * v for v in starts[1:])
         products = _TO_CONVERGENCE if self._exact else _EXACT_WARM if len(starts) == 2 else _EXACT_COLD
         rtol = self._rtol if self._exact else _EARLY_STOP
-        return _solve(lambda v: blocks.matvec(i, v), weight, limit, start, products, rtol, random)
+        scaled = _scaled(lambda v: blocks.matvec(i, v), weight, limit)
+        return _solve(scaled, weight, start, products, rtol, random)
 
 
 def estimate_cfl(
@@ -275,31 +297,26 @@ def estimate_cfl(
     return gauge.measure(module, loss_fn, batches, optimizer, sandbox=sandbox, mode=mode)
 
 
-def _solve(
-    matvec: Callable[[Tensor], Tensor],
-    weight: Tensor,
-    limit: LayerLimit | None,
-    start: Tensor | None,
-    products: int,
-    rtol: float,
-    random: torch.Generator,
-    directions: list[Tensor] | None = None,
-) -> Spectrum:
-    """Solve for the top of C^-½ (±A + W) C^-½, or of A itself where there is no limit; note the basis."""
-    # A basis in half precision would not be one.
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+def _scaled(matvec: _Product, weight: Tensor, limit: LayerLimit | None) -> _Product:
+    """Return C^-½ (±A + W) C^-½ as an operator, or A itself where there is no limit."""
+    dtype = _basis_dtype(weight)
 
     def scaled(u: Tensor) -> Tensor:
-        if directions is not None:
-            directions.append(u)
         v = u if limit is None else limit.scale * u
         product = matvec(v.to(weight.dtype)).to(dtype)
         return product if limit is None else limit.scale * (limit.sign * product + limit.l2 * v)
 
+    return scaled
+
+
+def _solve(
+    operator: _Product, weight: Tensor, start: Tensor | None, products: int, rtol: float, random: torch.Generator
+) -> Spectrum:
+    """Solve for the top of an operator on a weight's space."""
     return lanczos(
-        scaled,
+        operator,
         size=weight.numel(),
-        dtype=dtype,
+        dtype=_basis_dtype(weight),
         device=weight.device,
         v0=start,
         rtol=rtol,
@@ -308,7 +325,12 @@ def _solve(
     )
 
 
-def _start_of(layer: LayerPieces, limit: LayerLimit | None) -> Tensor | None:
+def _basis_dtype(weight: Tensor) -> torch.dtype:
+    # A basis in half precision would not be one.
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _start_of(layer: LayerCurvature, limit: LayerLimit | None) -> Tensor | None:
     """Return a start in the basis where C is one, None for a random one."""
     if limit is None:
         return layer.start()
@@ -326,10 +348,11 @@ def _rank(estimates: Sequence[CFLEstimate], name: str) -> float:
 
 
 def _transition_share(
-    layer: LayerPieces, spectrum: Spectrum, limit: LayerLimit | None, directions: Sequence[Tensor]
+    layer: LayerCurvature, spectrum: Spectrum, limit: LayerLimit | None, directions: Sequence[Tensor]
 ) -> float:
     """Return T's part of vᵀ(T + GN)v at the top eigenvector, from its coefficients in an orthonormal basis."""
-    u, total = spectrum.eigenvectors[:, 0], float(spectrum.eigenvalues[0])
+    u = spectrum.eigenvectors[:, 0]
+    total = float(spectrum.eigenvalues[0])
     if limit is not None:
         v = limit.scale * u
         total = limit.sign * (total - float((limit.l2 * v * v).sum()))
@@ -339,7 +362,7 @@ def _transition_share(
 
 
 def _mode_shares(
-    mode: Tensor | None, limits: Limits, module: nn.Module, weights: Mapping[str, Tensor]
+    mode: Tensor | None, limits: LayerLimits, module: nn.Module, weights: Mapping[str, Tensor]
 ) -> dict[str, float]:
     if mode is None:
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from eos_monitor.cfl.activations import Activation, is_activation, read_activation
 from eos_monitor.cfl.calls import LAYER_FUNCTIONS, ActivationCall, BatchNormCall, LayerCall, LossCall, Observer
 from eos_monitor.cfl.chains import ARITHMETIC, FOLLOWERS, Chain, extend
+from eos_monitor.cfl.traces import Application, Outcome, Passage, Trace
 from eos_monitor.isolation.sandbox import preserve_rng
 
 _LOSSES = ("cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "mse_loss")
@@ -41,68 +42,8 @@ _SYNONYMS = {"multiply": "mul", "subtract": "sub", "divide": "div", "true_divide
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
-@dataclass(frozen=True, eq=False)
-class _Pending:
-    """A layer call whose output a tensor holds, changed by what ``via`` says."""
-
-    index: int
-    via: tuple[str, ...]
-    before: Tensor | None  # the tensor as it would be with the layer's previous parameters
-
-
-@dataclass(frozen=True, eq=False)
-class _Trace:
-    """What is known of a tensor that depends on a layer."""
-
-    pending: tuple[_Pending, ...] = ()
-    chain: Chain | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Claim:
-    """An activation that is about to run on what layers put out."""
-
-    pending: tuple[_Pending, ...]
-    activation: Activation | None
-    instead_of: frozenset[int]  # the activations that it is made of
-    obstacle: str = ""
-
-
-@dataclass(eq=False)
-class _Fate:
-    """What became of a layer's output."""
-
-    claims: dict[int, ActivationCall] = field(default_factory=dict)
-    batch_norm: BatchNormCall | None = None
-    obstacle: str = ""
-    ends: list[str] = field(default_factory=list)
-
-    def admits(self, via: tuple[str, ...], instead_of: frozenset[int]) -> bool:
-        # A residual stream runs through every later activation too: the nearest is the layer's own.
-        others = [call for number, call in self.claims.items() if number not in instead_of]
-        return all(len(via) <= len(call.via) for call in others)
-
-    def claim(self, number: int, call: ActivationCall, instead_of: frozenset[int]) -> None:
-        kept = {n: c for n, c in self.claims.items() if n not in instead_of and len(c.via) == len(call.via)}
-        self.claims = {**kept, number: call}
-
-    @property
-    def activation(self) -> ActivationCall | None:
-        return next(iter(self.claims.values())) if len(self.claims) == 1 and not self.obstacle else None
-
-    @property
-    def reason(self) -> str:
-        if self.obstacle or self.activation is not None:
-            return self.obstacle
-        if self.claims:
-            names = ", ".join(call.activation.name for call in self.claims.values())
-            return f"several activations read its output ({names})"
-        ends = ", ".join(dict.fromkeys(self.ends))
-        return f"no elementwise activation follows ({f'but {ends}' if ends else 'its output is not seen again'})"
-
-
 class Tracer(TorchFunctionMode):
-    """Records layer calls, what follows them, and calls of loss functions, while it is entered.
+    """Function mode that records layer calls, what follows them, and calls of loss functions, while it is entered.
 
     Args:
         names: Id of a weight as it is used -> name of its layer.
@@ -123,10 +64,12 @@ class Tracer(TorchFunctionMode):
         self.output: Tensor | None = None
         self.uses: dict[str, set[str]] = {}  # layer -> other functions that its weight went into
         self.graphless: set[str] = set()
-        self._names, self._observers, self._previous = names, observers, previous
+        self._names = names
+        self._observers = observers
+        self._previous = previous
         self._live = {id(stand_in): live for live, stand_in in parameters.items()}
         self._calls: list[LayerCall] = []
-        self._fates: list[_Fate] = []
+        self._outcomes: list[Outcome] = []
         self._traces: Any = WeakTensorKeyDictionary()  # None of a tensor made of parameters and data alone
         self._number = 0
         self._graph = torch.is_grad_enabled()
@@ -136,7 +79,7 @@ class Tracer(TorchFunctionMode):
         self.output = value if isinstance(value, Tensor) else None
         for t in _tensors(value):
             if (trace := self._trace(t)) is not None:
-                self._traces[t] = _Trace(trace.pending)  # what the loss makes of it is no part of the activation
+                self._traces[t] = Trace(trace.passages)  # what the loss makes of it is no part of the activation
         return value
 
     @property
@@ -145,11 +88,11 @@ class Tracer(TorchFunctionMode):
         return [
             replace(
                 call,
-                activation=fate.activation,
-                batch_norm=fate.batch_norm,
-                reason=fate.reason,
+                activation=outcome.activation,
+                batch_norm=outcome.batch_norm,
+                reason=outcome.reason,
             )
-            for call, fate in zip(self._calls, self._fates, strict=True)
+            for call, outcome in zip(self._calls, self._outcomes, strict=True)
         ]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -163,7 +106,7 @@ class Tracer(TorchFunctionMode):
         z = args[0] if args else kwargs.get("input")
         chain = self._chain(name, func, args, kwargs, traces)
         # All that looks at values comes first: the function may overwrite them.
-        claim = self._claim(name, z, args[1:], kwargs, traces, chain)
+        application = self._application(name, z, args[1:], kwargs, traces, chain)
         befores = self._befores(name, func, args, kwargs, traces)
         out = func(*args, **kwargs)
         outputs = [z] if name == "setitem" else list(_tensors(out))
@@ -176,30 +119,29 @@ class Tracer(TorchFunctionMode):
             for o in outputs:
                 self._traces[o] = None
             return out
-        if claim is not None:
-            chain = self._settle(claim, outputs[0], chain)
+        if application is not None:
+            chain = self._settle(application, outputs[0], chain)
         if func is F.batch_norm:
             self._note_batch_norm(args, kwargs, traces.get(id(z)), outputs[0])
-        label = _between(name, args, kwargs, traces) if claim is None else None
+        label = _between(name, args, kwargs, traces) if application is None else None
+        passed = label is not None or application is not None
         for t in inputs:
-            self._consume(
-                t, traces.get(id(t)), name, passed=label is not None or claim is not None, chained=chain is not None
-            )
+            self._consume(t, traces.get(id(t)), name, passed=passed, chained=chain is not None)
         # A function in place has written over what it would be a function of.
         chain = None if chain is not None and any(o is chain.source for o in outputs) else chain
         for k, o in enumerate(outputs):
-            passing: dict[int, _Pending] = {}
-            for trace in traces.values() if label is not None else ():
-                for p in trace.pending:
-                    before = befores[p.index][k] if p.index in befores else None
-                    passing.setdefault(p.index, _Pending(p.index, (*p.via, label) if label else p.via, before))
-            self._traces[o] = _Trace(tuple(passing.values()), chain)
+            passages: tuple[Passage, ...] = ()
+            if label is not None:
+                passages = _passages(traces, label, {index: made[k] for index, made in befores.items()})
+            self._traces[o] = Trace(passages, chain)
         if name in _LOSSES:
             self.loss_calls.append(LossCall(name, z, _edge(z), outputs[0]))
         return out
 
     def _layer(self, name: str, func: Any, args: Any, kwargs: Any, given: Mapping[str, Any]) -> Tensor:
-        x, weight, bias = given["input"], given["weight"], given.get("bias")
+        x = given["input"]
+        weight = given["weight"]
+        bias = given.get("bias")
         for t in (x, bias):
             if isinstance(t, Tensor):
                 self._consume(t, self._trace(t), name, passed=False, chained=False)
@@ -223,8 +165,8 @@ class Tracer(TorchFunctionMode):
             z.dtype,
         )
         self._calls.append(call)
-        self._fates.append(_Fate())
-        self._traces[z] = _Trace((_Pending(call.index, (), self._before(call)),))
+        self._outcomes.append(Outcome())
+        self._traces[z] = Trace((Passage(call.index, (), self._before(call)),))
         return z
 
     def _before(self, call: LayerCall) -> Tensor | None:
@@ -240,72 +182,74 @@ class Tracer(TorchFunctionMode):
         with torch.no_grad():
             return call.apply(old(call.weight), None if call.bias is None else old(call.bias))
 
-    def _trace(self, t: Tensor) -> _Trace | None:
+    def _trace(self, t: Tensor) -> Trace | None:
         # One that was not seen before has been computed out of sight, by an autograd.Function.
-        trace: _Trace | None = self._traces.get(t, None if t.grad_fn is None else _Trace())
+        trace: Trace | None = self._traces.get(t, None if t.grad_fn is None else Trace())
         return trace
 
-    def _chain(self, name: str, func: Any, args: Any, kwargs: Any, traces: Mapping[int, _Trace]) -> Chain | None:
+    def _chain(self, name: str, func: Any, args: Any, kwargs: Any, traces: Mapping[int, Trace]) -> Chain | None:
         """Return the result as an elementwise function of one tensor, if it is one."""
         if not (is_activation(name) or name in FOLLOWERS or name in ARITHMETIC):
             return None
         chains = {id(t): traces[id(t)].chain or Chain.identity(t) for t in _tensors((args, kwargs)) if id(t) in traces}
         return extend(name, func, args, kwargs, chains) if chains else None
 
-    def _claim(
-        self, name: str, z: Any, args: Any, kwargs: Any, traces: Mapping[int, _Trace], chain: Chain | None
-    ) -> _Claim | None:
+    def _application(
+        self, name: str, z: Any, args: Any, kwargs: Any, traces: Mapping[int, Trace], chain: Chain | None
+    ) -> Application | None:
         """Tell the observers if an activation is about to run on the outputs of layers."""
         if chain is None:
             return None
         if chain.composed:
             source = self._trace(chain.source)
-            pending, value = (source.pending if source else ()), chain.source
+            passages = source.passages if source else ()
+            value = chain.source
             activation: Activation | None = chain.activation()
         elif is_activation(name) and id(z) in traces:
-            pending, value = traces[id(z)].pending, z
+            passages = traces[id(z)].passages
+            value = z
             activation = read_activation(name, args, kwargs)
         else:
             return None
-        instead_of = chain.claims if chain.composed else frozenset()
-        pending = tuple(p for p in pending if self._fates[p.index].admits(p.via, instead_of))
-        obstacle = _obstacle(name, activation, chain) if pending else ""
+        instead_of = chain.applied if chain.composed else frozenset()
+        passages = tuple(p for p in passages if self._outcomes[p.index].admits(p.via, instead_of))
+        obstacle = _obstacle(name, activation, chain) if passages else ""
         if activation is not None and not obstacle:
             with torch.no_grad():
-                for p in pending:
+                for p in passages:
                     for observer in self._observers:
                         observer(self._calls[p.index], activation, value, p.before)
-        return _Claim(pending, activation, instead_of, obstacle)
+        return Application(passages, activation, instead_of, obstacle)
 
-    def _settle(self, claim: _Claim, out: Tensor, chain: Chain | None) -> Chain | None:
+    def _settle(self, application: Application, out: Tensor, chain: Chain | None) -> Chain | None:
         self._number += 1
-        for p in claim.pending:
-            fate = self._fates[p.index]
-            fate.obstacle = claim.obstacle or ("" if claim.instead_of else fate.obstacle)
-            if claim.activation is not None:
-                call = ActivationCall(claim.activation, p.via, _edge(out), out.shape)
-                fate.claim(self._number, call, claim.instead_of)
-        return None if chain is None else replace(chain, claims=chain.claims | {self._number})
+        for p in application.passages:
+            outcome = self._outcomes[p.index]
+            outcome.obstacle = application.obstacle or ("" if application.instead_of else outcome.obstacle)
+            if application.activation is not None:
+                call = ActivationCall(application.activation, p.via, _edge(out), out.shape)
+                outcome.add(self._number, call, application.instead_of)
+        return None if chain is None else replace(chain, applied=chain.applied | {self._number})
 
-    def _consume(self, t: Tensor, trace: _Trace | None, name: str, *, passed: bool, chained: bool) -> None:
+    def _consume(self, t: Tensor, trace: Trace | None, name: str, *, passed: bool, chained: bool) -> None:
         """Note that a function that leads no further took a tensor."""
         if trace is None:
             return
         if not passed:
-            for p in trace.pending:
-                self._fates[p.index].ends.append(name)
+            for p in trace.passages:
+                self._outcomes[p.index].ends.append(name)
         if trace.chain is not None and not chained:
-            self._traces[t] = _Trace(trace.pending)  # the chain keeps its source alive
+            self._traces[t] = Trace(trace.passages)  # the chain keeps its source alive
 
     def _befores(
-        self, name: str, func: Any, args: Any, kwargs: Any, traces: Mapping[int, _Trace]
+        self, name: str, func: Any, args: Any, kwargs: Any, traces: Mapping[int, Trace]
     ) -> dict[int, list[Tensor]]:
         """Run a function that lies between once more for each layer, on what was there before the last update."""
         if self._previous is None or name not in _BETWEEN:
             return {}
         old: dict[int, dict[int, Tensor]] = {}  # call -> operand -> what it was
         for operand, trace in traces.items():
-            for p in trace.pending:
+            for p in trace.passages:
                 if p.before is not None:
                     old.setdefault(p.index, {})[operand] = p.before
         found = {}
@@ -316,12 +260,21 @@ class Tracer(TorchFunctionMode):
                 found[index] = list(_tensors(func(*replay[0], **replay[1])))
         return found
 
-    def _note_batch_norm(self, args: Any, kwargs: Any, trace: _Trace | None, out: Tensor) -> None:
+    def _note_batch_norm(self, args: Any, kwargs: Any, trace: Trace | None, out: Tensor) -> None:
         given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
-        for p in trace.pending if trace is not None and given.get("training") else ():
+        for p in trace.passages if trace is not None and given.get("training") else ():
             if p.via == ():
                 note = BatchNormCall(given.get("weight"), given.get("eps", 1e-5), _edge(out))
-                self._fates[p.index].batch_norm = note
+                self._outcomes[p.index].batch_norm = note
+
+
+def _passages(traces: Mapping[int, Trace], label: str, before: Mapping[int, Tensor]) -> tuple[Passage, ...]:
+    """Return the layers' outputs that operands hold, after a function that the path calls ``label``."""
+    found: dict[int, Passage] = {}
+    for trace in traces.values():
+        for p in trace.passages:
+            found.setdefault(p.index, Passage(p.index, (*p.via, label) if label else p.via, before.get(p.index)))
+    return tuple(found.values())
 
 
 def _obstacle(name: str, activation: Activation | None, chain: Chain) -> str:
@@ -331,9 +284,10 @@ def _obstacle(name: str, activation: Activation | None, chain: Chain) -> str:
     if chain.composed and chain.source._version != chain.version:
         return f"its activation ends in {name}, when the values it began with are overwritten"
     try:
-        return "" if activation.partition else ""
+        _ = activation.partition
     except ValueError as error:
         return f"the regimes of its activation cannot be told ({error})"
+    return ""
 
 
 def _arguments(name: str, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -344,7 +298,7 @@ def _arguments(name: str, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any
     return given if "weight" in given else None
 
 
-def _between(name: str, args: Any, kwargs: Mapping[str, Any], traces: Mapping[int, _Trace]) -> str | None:
+def _between(name: str, args: Any, kwargs: Mapping[str, Any], traces: Mapping[int, Trace]) -> str | None:
     """Return what a path through a function calls it; None if no path leads through it."""
     if name in ("mul", "div"):
         computed = [t for t in _tensors((args, kwargs)) if id(t) in traces]

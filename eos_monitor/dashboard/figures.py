@@ -79,7 +79,8 @@ def pixels_of(figure: Figure) -> NDArray[np.uint8]:
 
 def normalized_batch_sharpness(row: Row) -> float | None:
     """Return lr · batch sharpness of a reading: 2 is the edge of SGD without momentum; None if it was not measured."""
-    value, limits = row.get("batch_sharpness"), row.get("batch_sharpness_limits")
+    value = row.get("batch_sharpness")
+    limits = row.get("batch_sharpness_limits")
     return None if value is None or limits is None else value * _batch_scale(limits)
 
 
@@ -96,7 +97,10 @@ def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
 def _draw_loss(ax: Axes, rows: Sequence[Row], losses: Sequence[tuple[int, float]]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    steps, values = ([s for s, _ in losses], [v for _, v in losses]) if losses else _series(rows, "loss")
+    steps, values = _series(rows, "loss")
+    if losses:
+        steps = [step for step, _ in losses]
+        values = [loss for _, loss in losses]
     ax.plot(steps, values, color="#333333", linewidth=1.0)
     if values and min(values) > 0 and max(values) > 10 * min(values):
         ax.set_yscale("log")

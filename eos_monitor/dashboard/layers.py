@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -13,7 +16,8 @@ Row = Mapping[str, Any]
 
 _DOUBLINGS = 3
 _REACH = 2.0**_DOUBLINGS  # of the colours, either side of the limit
-_TALLEST, _LABEL = 14.0, 0.15  # inches: the map, and what a legible name takes
+_TALLEST = 14.0  # inches: the map
+_LABEL = 0.15  # and what a legible name takes
 
 
 def layers_table(layers: Sequence[Mapping[str, Any]], most: int = 5) -> str:
@@ -47,31 +51,22 @@ def layers_figure(rows: Sequence[Row], title: str = "") -> Figure:
     Raises:
         ImportError: If matplotlib is missing.
     """
-    import numpy as np
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(layer["layer"] for layer in _in_order(rows)))
     by_number = any(layer["cfl_number"] is not None for row in rows for layer in row["layers"])
-    key = "cfl_number" if by_number else "curvature"
-    values = np.full((len(names), len(rows)), np.nan)
-    for column, row in enumerate(rows):
-        for layer in row["layers"]:
-            if layer["method"] != "none" and layer[key] is not None:
-                values[names.index(layer["layer"]), column] = layer[key]
-    shown = [i for i in range(len(names)) if not np.isnan(values[i]).all()]
-    if not shown:
+    names, values = _map(rows, "cfl_number" if by_number else "curvature")
+    if not names:
         figure = Figure(figsize=(9.0, 2.0))
         figure.text(0.5, 0.5, "no layer was attributed", ha="center", va="center")
         return figure
-    height = min(0.34 * max(len(shown), 5), _TALLEST)
-    figure = Figure(figsize=(8.0 + 0.08 * max(len(names[i]) for i in shown), 1.2 + height), layout="constrained")
+    height = min(0.34 * max(len(names), 5), _TALLEST)
+    figure = Figure(figsize=(8.0 + 0.08 * max(map(len, names)), 1.2 + height), layout="constrained")
     ax = figure.add_subplot(facecolor="0.85")  # what is not known stays grey
-    values = values[shown]
     # The limit is white, and a factor is as far on either side of it: doubling matters at 0.1 as it does at 1.
     cells = ax.pcolormesh(
         _edges([row["step"] for row in rows]),
-        np.arange(len(shown) + 1),
+        np.arange(len(names) + 1),
         np.clip(values, 1.0 / _REACH, None) if by_number else values,
         cmap="RdBu_r" if by_number else "viridis",
         norm=LogNorm(1.0 / _REACH, _REACH) if by_number else None,
@@ -79,10 +74,10 @@ def layers_figure(rows: Sequence[Row], title: str = "") -> Figure:
     if by_number:
         over = np.argwhere(values > 1.0)  # false where nothing is known
         ax.plot([rows[column]["step"] for _, column in over], over[:, 0] + 0.5, "k.", markersize=4)
-    every = math.ceil(_LABEL * len(shown) / height)
+    every = math.ceil(_LABEL * len(names) / height)
     ax.set_yticks(
-        [i + 0.5 for i in range(0, len(shown), every)],
-        [names[i] for i in shown[::every]],
+        [i + 0.5 for i in range(0, len(names), every)],
+        names[::every],
         fontsize=10 if every == 1 else 8,
     )
     ax.invert_yaxis()
@@ -95,6 +90,18 @@ def layers_figure(rows: Sequence[Row], title: str = "") -> Figure:
         bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         bar.minorticks_off()
     return figure
+
+
+def _map(rows: Sequence[Row], key: str) -> tuple[list[str], NDArray[np.float64]]:
+    """Return the layers of which something is known, and their values ``(layers, rows)``; NaN is not known."""
+    names = list(dict.fromkeys(layer["layer"] for layer in _in_order(rows)))
+    values = np.full((len(names), len(rows)), np.nan)
+    for column, row in enumerate(rows):
+        for layer in row["layers"]:
+            if layer["method"] != "none" and layer[key] is not None:
+                values[names.index(layer["layer"]), column] = layer[key]
+    shown = [i for i in range(len(names)) if not np.isnan(values[i]).all()]
+    return [names[i] for i in shown], values[shown]
 
 
 def _in_order(rows: Sequence[Row]) -> list[Mapping[str, Any]]:

@@ -65,7 +65,9 @@ def _verdict_sentence(changes: Sequence[tuple[int, str]], last_step: int, reason
 
 
 def _edge_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
-    first, last, top = rows[0], rows[-1], max(rows, key=lambda row: float(row["edge_ratio"]))
+    first = rows[0]
+    last = rows[-1]
+    top = max(rows, key=lambda row: float(row["edge_ratio"]))
     course = f"Edge ratio {first['edge_ratio']:.3g} at step {first['step']}"
     if len(rows) > 1:
         course += (

@@ -131,14 +131,15 @@ def _train(method: Method, seed: int, epochs: int, tests: int) -> tuple[tuple[fl
     g = torch.Generator().manual_seed(seed)
     images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
     order = torch.randperm(len(images), generator=g)
-    images, labels = (images[order] / 16).float().view(-1, 1, 8, 8), labels[order]
-    x, y = images[:_TRAINING], labels[:_TRAINING]
+    images = (images[order] / 16).float().view(-1, 1, 8, 8)
+    labels = labels[order]
+    x = images[:_TRAINING]
     test = images[_TRAINING:], labels[_TRAINING:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # initial weights and dropout
         net = _net()
         optimizer = method.build(net.parameters(), torch.Generator().manual_seed(seed))
-        batches = _endless(x, y, g)
+        batches = _endless(x, labels[:_TRAINING], g)
 
         def closure() -> float:
             images, labels = next(batches)
@@ -149,7 +150,9 @@ def _train(method: Method, seed: int, epochs: int, tests: int) -> tuple[tuple[fl
 
         calls = int(getattr(optimizer, "closure_calls", 1))
         per_epoch = _TRAINING // _BATCH
-        done, measured, errors = 0, [], []
+        done = 0
+        measured: list[float] = []
+        errors: list[float] = []
         for target in range(1, tests + 1):
             while done + calls <= target * epochs * per_epoch / tests:
                 optimizer.step(closure)

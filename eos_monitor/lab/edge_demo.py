@@ -3,92 +3,29 @@
 from __future__ import annotations
 
 import json
-import logging
-import shutil
 import statistics
-import textwrap
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure  # noqa: F401  # the figures are half of the demo: miss it before the runs, not after
 import torch
-from lightning_utilities.core import rank_zero
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from eos_monitor.callbacks.edge_of_stability import EdgeOfStabilityMonitor
 from eos_monitor.dashboard.figures import normalized_batch_sharpness, runs_figure
+from eos_monitor.lab.progress_bar import RunBar, only_our_messages
+from eos_monitor.lab.recipes import READ_EVERY, RECIPES, SAMPLES, Recipe
+from eos_monitor.lab.tanh_net import Batch, StepBatches, TanhNet
 from eos_monitor.readings.settings import Probe, Solver
-
-# Odd, because at the edge the weights flip with period 2: an even cadence would always see the same side.
-_READ_EVERY = 15
-_SAMPLES = 1000
-_WIDTH = 64
-_GD_LR = 0.1
-_ADAMW_LR = 2e-3
-# torch's defaults, repeated because the theory's threshold needs them.
-_ADAMW_BETAS = (0.9, 0.999)
-_ADAMW_DECAY = 1e-2
-# Tuned: at 0.4 this net stays further below its edge (lr·BS/2 = 0.6); at 0.7 it diverged.
-_SGD_LR = 0.65
-_SGD_WARM_UP = 300
-_SGD_BATCH = 8
-
-Batch = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class _Case:
-    name: str
-    settings: str
-    theory: float
-    optimizer: Callable[[Iterator[nn.Parameter]], Optimizer]
-    batch_size: int | None = None  # None: the full batch
-    centred: bool = False
-    warm_up: int = 1
-    read_every: int = _READ_EVERY
-    probe_samples: int = _SAMPLES
-    rtol: float = 1e-2
-
-
-# The thresholds are written out from theory, so that the table does not compare the package with itself.
-_CASES = (
-    _Case("gradient descent", f"lr {_GD_LR:g}", 2.0, lambda params: torch.optim.SGD(params, lr=_GD_LR)),
-    _Case(
-        "AdamW",
-        f"lr {_ADAMW_LR:g}",
-        (2 + 2 * _ADAMW_BETAS[0]) / (1 - _ADAMW_BETAS[0]) * (1 - _ADAMW_LR * _ADAMW_DECAY / 2),
-        lambda params: torch.optim.AdamW(params, lr=_ADAMW_LR, betas=_ADAMW_BETAS, weight_decay=_ADAMW_DECAY),
-    ),
-    _Case(
-        "minibatch SGD",
-        f"lr {_SGD_LR:g}, B {_SGD_BATCH}",
-        2.0,
-        lambda params: torch.optim.SGD(params, lr=_SGD_LR),
-        batch_size=_SGD_BATCH,
-        # Pixels that are never negative share one direction of large curvature, which hides the part of the noise.
-        centred=True,
-        warm_up=_SGD_WARM_UP,
-        # A reading takes each of the probe's 32 batches on its own, and costs many times as much.
-        read_every=95,
-        probe_samples=256,
-        rtol=3e-2,  # of r; its sampling error on this probe is more
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -198,7 +135,7 @@ def run_edge_demo(output: str | Path = "eos_demo", steps: int = 1200, seed: int 
     if steps < 1:
         raise ValueError(f"Expected `steps` >= 1, got {steps}.")
     folder = Path(output)
-    gradient_descent, adamw, minibatch_sgd = (_train(case, folder, steps, seed) for case in _CASES)
+    gradient_descent, adamw, minibatch_sgd = (_train(recipe, folder, steps, seed) for recipe in RECIPES)
     demo = EdgeDemo(gradient_descent, adamw, minibatch_sgd, folder / "edge_of_stability.png")
     panels = [(f"{run.name}, {run.settings}", run.rows, run.losses) for run in demo.runs]
     runs_figure(panels).savefig(demo.figure, dpi=110)
@@ -208,7 +145,8 @@ def run_edge_demo(output: str | Path = "eos_demo", steps: int = 1200, seed: int 
 def edge_table(demo: EdgeDemo) -> str:
     """Return a table of what was seen beside what theory says."""
     steps = demo.gradient_descent.steps
-    late, half = steps * 7 // 12, steps // 2
+    late = steps * 7 // 12
+    half = steps // 2
     lines = [
         _table_row("", *(f"{run.name}, {run.settings}" for run in demo.runs), width=26),
         _table_row("", *("seen", "theory") * len(demo.runs)),
@@ -254,85 +192,6 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-class _TanhNet(LightningModule):
-    def __init__(self, case: _Case) -> None:
-        super().__init__()
-        self._case = case
-        self.net = nn.Sequential(
-            nn.Linear(64, _WIDTH), nn.Tanh(), nn.Linear(_WIDTH, _WIDTH), nn.Tanh(), nn.Linear(_WIDTH, 10)
-        ).double()
-        self.losses: list[tuple[int, float]] = []
-
-    def curvature_loss(self, batch: Batch) -> Tensor:
-        images, targets = batch
-        loss: Tensor = 0.5 * (self.net(images) - targets).square().sum(dim=1).mean()
-        return loss
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.curvature_loss(batch)
-        self.losses.append((batch_idx, loss.item()))
-        self.log("train_loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self._case.optimizer(self.net.parameters())
-        warm_up = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / self._case.warm_up))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
-
-
-class _Bar(TQDMProgressBar):
-    """One bar for one run, with the edge ratio in it."""
-
-    def __init__(self, title: str, monitor: EdgeOfStabilityMonitor) -> None:
-        super().__init__(refresh_rate=_READ_EVERY)
-        self._title, self._monitor = title, monitor
-
-    @property
-    def train_description(self) -> str:
-        return self._title
-
-    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        super().on_train_epoch_start(trainer)
-        self.train_progress_bar.set_description(self.train_description)
-
-    def get_metrics(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        readings = self._monitor.readings
-        ratio = readings[-1].edge_ratio if readings else None
-        return {} if ratio is None else {"edge_ratio": f"{ratio:.2f}"}
-
-
-class _AboveTheBar(logging.Handler):
-    """Writes messages above the progress bar, wrapped."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        width = min(shutil.get_terminal_size().columns, 120)
-        tqdm.write(textwrap.fill(record.getMessage(), width, subsequent_indent="  "))
-
-
-@contextmanager
-def _only_our_messages() -> Iterator[None]:
-    """Leave out what Lightning tells of devices, loggers and workers; show what the monitor says."""
-    # Of the logger under three package names, the one that was imported last speaks for all.
-    theirs, ours = rank_zero.log, logging.getLogger("pytorch_lightning.eos_monitor")
-    handler, before = _AboveTheBar(), (theirs.level, ours.level, ours.propagate)
-    theirs.setLevel(logging.WARNING)
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-    ours.addHandler(handler)
-    try:
-        with warnings.catch_warnings():
-            for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*"):
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    finally:
-        ours.removeHandler(handler)
-        theirs.setLevel(before[0])
-        ours.setLevel(before[1])
-        ours.propagate = before[2]
-
-
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Keep to one thread: on a busy machine, two that wait for each other took up to twenty times as long."""
@@ -344,58 +203,37 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Batches(Dataset[Batch]):
-    """A batch for each step, in passes over the data, shuffled unless it is one batch: one epoch, one progress bar."""
-
-    def __init__(self, data: Batch, batch_size: int | None, steps: int, seed: int) -> None:
-        self._data = data
-        samples = len(data[0])
-        if batch_size is None:
-            self._picked = [torch.arange(samples)] * steps
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            passes = (torch.split(torch.randperm(samples, generator=generator), batch_size) for _ in count())
-            self._picked = list(islice(chain.from_iterable(passes), steps))
-
-    def __len__(self) -> int:
-        return len(self._picked)
-
-    def __getitem__(self, index: int) -> Batch:
-        images, targets = self._data
-        picked = self._picked[index]
-        return images[picked], targets[picked]
-
-
 def _digits(centred: bool) -> Batch:
+    """Return the first 1000 digits with their one-hot labels, centred pixel by pixel or as a whole."""
     images, labels = load_digits(return_X_y=True)
-    x = torch.as_tensor(images[:_SAMPLES], dtype=torch.float64)
+    x = torch.as_tensor(images[:SAMPLES], dtype=torch.float64)
     x = x - (x.mean(dim=0) if centred else x.mean())
-    return x / x.std(), nn.functional.one_hot(torch.as_tensor(labels[:_SAMPLES]), 10).double()
+    return x / x.std(), nn.functional.one_hot(torch.as_tensor(labels[:SAMPLES]), 10).double()
 
 
-def _train(case: _Case, folder: Path, steps: int, seed: int) -> EdgeRun:
+def _train(recipe: Recipe, folder: Path, steps: int, seed: int) -> EdgeRun:
     monitor = EdgeOfStabilityMonitor(
-        every_n_steps=case.read_every,
-        probe=Probe(samples=case.probe_samples, full_batch=case.batch_size is None),
-        solver=Solver(rtol=case.rtol, seed=seed),
+        every_n_steps=recipe.read_every,
+        probe=Probe(samples=recipe.probe_samples, full_batch=recipe.batch_size is None),
+        solver=Solver(rtol=recipe.rtol, seed=seed),
     )
-    logger = TensorBoardLogger(folder, name=case.name.replace(" ", "_").lower(), default_hp_metric=False)
-    tqdm.write(f"\n{case.name}, {case.settings}, torch's defaults otherwise")
+    logger = TensorBoardLogger(folder, name=recipe.name.replace(" ", "_").lower(), default_hp_metric=False)
+    tqdm.write(f"\n{recipe.name}, {recipe.settings}, torch's defaults otherwise")
     began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]), _one_thread(), _only_our_messages():
+    with torch.random.fork_rng(devices=[]), _one_thread(), only_our_messages():
         torch.manual_seed(seed)
-        module = _TanhNet(case)
+        module = TanhNet(recipe.optimizer, recipe.warm_up)
         trainer = Trainer(
             accelerator="cpu",
             devices=1,
             max_epochs=1,
-            log_every_n_steps=min(case.read_every, steps),
+            log_every_n_steps=min(recipe.read_every, steps),
             logger=logger,
-            callbacks=[monitor, _Bar(case.name, monitor)],
+            callbacks=[monitor, RunBar(recipe.name, monitor, READ_EVERY)],
             enable_checkpointing=False,
             enable_model_summary=False,
         )
-        batches = _Batches(_digits(case.centred), case.batch_size, steps, seed)
+        batches = StepBatches(_digits(recipe.centred), recipe.batch_size, steps, seed)
         loader: DataLoader[Batch] = DataLoader(batches, batch_size=None)
         trainer.fit(module, loader)
     seconds = time.perf_counter() - began
@@ -403,13 +241,13 @@ def _train(case: _Case, folder: Path, steps: int, seed: int) -> EdgeRun:
     with (place / f"{monitor.name}_readings.jsonl").open(encoding="utf-8") as file:
         rows = tuple(json.loads(line) for line in file)
     return EdgeRun(
-        case.name,
-        case.settings,
-        case.theory,
+        recipe.name,
+        recipe.settings,
+        recipe.theory,
         steps,
         rows,
         tuple(module.losses),
         seconds,
         place,
-        minibatches=case.batch_size is not None,
+        minibatches=recipe.batch_size is not None,
     )

@@ -16,10 +16,13 @@ from eos_monitor.verdicts.detector import InstabilityDetector, Verdict
 
 Array = NDArray[np.float64]
 
-_SIDE, _IMAGE = 32, 256
+_SIDE = 32
+_IMAGE = 256
 _DECAY = 20.0  # α of the one-layer net
 _NODES = 31
-_DELTA, _FIDELITY, _POINTS = 1e-3, 5.0, 200
+_DELTA = 1e-3
+_FIDELITY = 5.0
+_POINTS = 200
 BELTRAMI_STEP = _DELTA / 2  # the largest step at which the diffusion alone is stable
 
 
@@ -70,16 +73,19 @@ def one_layer_pde(lr: float, seed: int = 7) -> Iterator[Moment]:
     while True:
         with np.errstate(over="ignore", invalid="ignore"):
             z = float(patch @ kernel)
-            (s, s1, s2), (t, t1, t2) = _swish(z), _swish(-z)
-            f, f1, f2 = plus * s + (1 - plus) * t, plus * s1 - (1 - plus) * t1, plus * s2 + (1 - plus) * t2
+            s, s1, s2 = _swish(z)
+            t, t1, t2 = _swish(-z)
+            f = plus * s + (1 - plus) * t
+            f1 = plus * s1 - (1 - plus) * t1
+            f2 = plus * s2 + (1 - plus) * t2
             wrong = _sigmoid(-f)
             bend = wrong * (1 - wrong) * f1**2 - wrong * f2
             loss = float(np.logaddexp(0.0, -f) + _DECAY / 2 * (kernel @ kernel))
-            if bend > 0.0:
-                sharpness, mode = _DECAY + bend * len(patch), patch / _SIDE
-            else:  # all directions but c have the curvature α
+            sharpness = _DECAY + bend * len(patch) if bend > 0.0 else _DECAY
+            mode = patch / _SIDE
+            if not bend > 0.0:  # all directions but c have the curvature α
                 across = kernel - z / len(patch) * patch
-                sharpness, mode = _DECAY, across / max(float(np.linalg.norm(across)), 1e-300)
+                mode = across / max(float(np.linalg.norm(across)), 1e-300)
             yield Moment(kernel, loss, lr, sharpness, mode)
             kernel = kernel - lr * (-wrong * f1 * patch + _DECAY * kernel)
 
@@ -162,10 +168,12 @@ def watch(
     detector = InstabilityDetector(full_batch=True)
     verdicts: list[Verdict] = []
     before: Moment | None = None
-    z = mode = None
+    z = None
+    mode = None
     next_reading = 0.0
     for step, now in enumerate(islice(moments, steps)):
-        reading, update = None, None if before is None else now.state - before.state
+        reading = None
+        update = None if before is None else now.state - before.state
         z = rng.standard_normal(len(now.state)) if z is None else z
         sizes: dict[str, float] = {}
         if update is not None and mode is not None:

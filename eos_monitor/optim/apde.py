@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 from torch.optim.sgd import sgd
 
 from eos_monitor.limits.thresholds import register_critical_curvature
-from eos_monitor.optim.checked import CheckedOptimizer
+from eos_monitor.optim.checked_optimizer import GroupwiseOptimizer
 from eos_monitor.optim.diffusion import (
     BOUNDARIES,
     LIMITS,
@@ -23,6 +23,7 @@ from eos_monitor.optim.diffusion import (
     shifts,
     stable_diffusion,
 )
+from eos_monitor.optim.response import sgd_limit
 
 
 class Diffused(NamedTuple):
@@ -35,7 +36,7 @@ class Diffused(NamedTuple):
     beta: float
 
 
-class APDE(CheckedOptimizer):
+class APDE(GroupwiseOptimizer):
     r"""Nesterov SGD with velocity diffusion.
 
     Each step, with g = ∇J(θ) + weight_decay·θ, is
@@ -135,28 +136,20 @@ class APDE(CheckedOptimizer):
         self._spare = {}
 
     def _check(self, group: dict[str, Any]) -> None:
-        _check(group)
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step.
-
-        Args:
-            closure: Computes the loss and its gradients once more; called once, and its loss returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            self._step(group)
-        return loss
+        ranges = {"lr": math.inf, "momentum": 1.0, "weight_decay": math.inf}
+        ranges["diffusion"] = math.inf if group["allow_unstable"] else 1.0
+        for name, highest in ranges.items():
+            if not 0 <= group[name] <= highest:
+                remedy = "; a larger share grows without bound: allow_unstable=True" if name == "diffusion" else ""
+                raise ValueError(f"Expected {name} in [0, {highest:g}], got {group[name]}{remedy}.")
+        if not group["time_step_reduction"] >= 1:
+            raise ValueError(f"Expected time_step_reduction ≥ 1, got {group['time_step_reduction']}.")
+        for name, values in (("boundary", BOUNDARIES), ("limit", LIMITS)):
+            if group[name] not in values:
+                raise ValueError(f"Expected {name} to be one of {', '.join(map(repr, values))}, got {group[name]!r}.")
+        if group["diffusion"]:
+            for p in group["params"]:
+                resolve_axes(group["axes"], p.shape)
 
     def _step(self, group: dict[str, Any]) -> None:
         lr, momentum = reduced(float(group["lr"]), float(group["momentum"]), float(group["time_step_reduction"]))
@@ -228,7 +221,8 @@ class APDE(CheckedOptimizer):
         key = (v.device, v.dtype)
         spare = self._spare.get(key)
         if spare is None or spare.numel() < v.numel():
-            spare = self._spare[key] = v.new_empty(v.numel())
+            spare = v.new_empty(v.numel())
+            self._spare[key] = spare
         return spare[: v.numel()].view(v.shape)
 
 
@@ -257,7 +251,8 @@ def _moved_together(
 ) -> tuple[Tensor, ...]:
     """Return g + γv + β∇²v of each."""
     velocities = [d.velocity for d in alike]
-    axes, beta = alike[0].axes, alike[0].beta
+    axes = alike[0].axes
+    beta = alike[0].beta
     moved = torch._foreach_mul(velocities, momentum - 2 * len(axes) * beta)
     for axis in axes:
         for slices in zip(*(shifts(v.shape[axis], boundary) for v in velocities), strict=True):
@@ -335,23 +330,6 @@ def _diffusion(group: Mapping[str, Any], shape: Sequence[int], momentum: float) 
     return axes, group["diffusion"] * stable_diffusion(shape, axes, momentum, group["boundary"], group["limit"])
 
 
-def _check(group: Mapping[str, Any]) -> None:
-    ranges = {"lr": math.inf, "momentum": 1.0, "weight_decay": math.inf}
-    ranges["diffusion"] = math.inf if group["allow_unstable"] else 1.0
-    for name, highest in ranges.items():
-        if not 0 <= group[name] <= highest:
-            remedy = "; a larger share grows without bound: allow_unstable=True" if name == "diffusion" else ""
-            raise ValueError(f"Expected {name} in [0, {highest:g}], got {group[name]}{remedy}.")
-    if not group["time_step_reduction"] >= 1:
-        raise ValueError(f"Expected time_step_reduction ≥ 1, got {group['time_step_reduction']}.")
-    for name, values in (("boundary", BOUNDARIES), ("limit", LIMITS)):
-        if group[name] not in values:
-            raise ValueError(f"Expected {name} to be one of {', '.join(map(repr, values))}, got {group[name]!r}.")
-    if group["diffusion"]:
-        for p in group["params"]:
-            resolve_axes(group["axes"], p.shape)
-
-
 @register_critical_curvature(APDE)
 def _lowest_over_modes(
     group: Mapping[str, Any], param: Tensor, state: Mapping[str, Any]
@@ -362,5 +340,5 @@ def _lowest_over_modes(
     highest = largest_eigenvalue(tuple(param.shape[i] for i in axes), group["boundary"]) if axes else 0.0
     if beta * highest > (1 + momentum) * (1 + 1e-9):
         return "its diffusion lets the velocity grow without any curvature"
-    threshold = (2 + 2 * momentum) / (1 + 2 * momentum) / unit
+    threshold = sgd_limit(unit, momentum, nesterov=True)
     return threshold / group["lr"] if group["lr"] > 0 else math.inf, group["weight_decay"], threshold

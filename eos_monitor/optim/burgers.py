@@ -92,14 +92,12 @@ class BurgersSGD(Relaxation):
         """Return 2(1 + μ)/δ − 1/γ."""
         return sgd_limit(float(group["lr"]), group["inner_momentum"]) - 1 / float(group["gamma"])
 
-    def _relax(self, closure: Closure, parts: Sequence[Part]) -> Any:
+    def _relax(self, closure: Closure, parts: Sequence[Part]) -> None:
         buffers = [self._buffers(part.params) for part in parts]
         for part in parts:
             put(part.params, [self.state[p].get("y", x) for p, x in zip(part.params, part.anchors, strict=True)])
-        first = None
         for number in range(self.closure_calls):
-            loss = self._evaluate(closure, number)
-            first = loss if number == 0 else first
+            self._evaluate(closure, number)
             for part, buffer in zip(parts, buffers, strict=True):
                 group = part.group
                 descend(part, buffer, lr=group["lr"], momentum=group["inner_momentum"])
@@ -112,7 +110,6 @@ class BurgersSGD(Relaxation):
                 if velocity is not None:
                     self.state[p]["momentum_buffer"] = velocity
                 p.copy_(x.lerp(p, float(part.group["lr"]) / part.group["gamma"]))
-        return first
 
 
 @register_critical_curvature(BurgersSGD)

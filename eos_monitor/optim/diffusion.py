@@ -100,9 +100,11 @@ def add_neighbours(g: Tensor, v: Tensor, axes: Sequence[int], boundary: str, bet
     """Set ``out`` to g + β·(the sum of the 2N neighbours of each entry of v along ``axes``); axes longer than 1."""
     for k, axis in enumerate(axes):
         n = v.shape[axis]
-        first, last = (n - 1, 0) if boundary == "periodic" else (0, n - 1)  # what lies outside
+        first, last = _outside(n, boundary)
         for at, a, b, length in ((1, 0, 2, n - 2), (0, first, 1, 1), (n - 1, n - 2, last, 1)):
-            place, a_side, b_side = out.narrow(axis, at, length), v.narrow(axis, a, length), v.narrow(axis, b, length)
+            place = out.narrow(axis, at, length)
+            a_side = v.narrow(axis, a, length)
+            b_side = v.narrow(axis, b, length)
             if k == 0:
                 torch.add(a_side, b_side, out=place)
             else:
@@ -112,5 +114,10 @@ def add_neighbours(g: Tensor, v: Tensor, axes: Sequence[int], boundary: str, bet
 
 def shifts(n: int, boundary: str) -> Iterator[tuple[int, int, int]]:
     """Yield the four slices (to, from, length) whose sum is that of both neighbours along an axis of n > 1 points."""
-    first, last = (n - 1, 0) if boundary == "periodic" else (0, n - 1)
+    first, last = _outside(n, boundary)
     yield from ((1, 0, n - 1), (0, 1, n - 1), (0, first, 1), (n - 1, last, 1))
+
+
+def _outside(n: int, boundary: str) -> tuple[int, int]:
+    """Return the points whose values stand before the first of n points and behind the last."""
+    return (n - 1, 0) if boundary == "periodic" else (0, n - 1)

@@ -112,7 +112,7 @@ class ElasticSGD(Relaxation):
         spring = 0.0 if slack else 1 / float(group["gamma"])
         return sgd_limit(float(group["lr"]), group["momentum"], group["nesterov"]) - spring
 
-    def _relax(self, closure: Closure, parts: Sequence[Part]) -> Any:
+    def _relax(self, closure: Closure, parts: Sequence[Part]) -> None:
         settings = self.param_groups[0]
         params = [p for part in parts for p in part.params]
         if settings["distributed"] and not any("replicas" in self.state.get(p, {}) for p in params):
@@ -126,28 +126,25 @@ class ElasticSGD(Relaxation):
                 if name not in self.state[p]:
                     copies = p.detach().expand(settings["workers"], *p.shape).clone()
                     self.state[p][name] = copies if name == "replicas" else torch.zeros_like(copies)
-        losses = [self._work(closure, parts, worker) for worker in range(settings["workers"])]
+        for worker in range(settings["workers"]):
+            self._work(closure, parts, worker)
         for part in parts:
             for p, x in zip(part.params, part.anchors, strict=True):
                 p.copy_(x.lerp(_mean(self.state[p]["replicas"], settings["distributed"]), part.group["moving_rate"]))
-        return losses[0]
 
-    def _work(self, closure: Closure, parts: Sequence[Part], worker: int) -> Any:
+    def _work(self, closure: Closure, parts: Sequence[Part], worker: int) -> None:
         buffers: list[list[Tensor | None]] = []
         for part in parts:
             put(part.params, [self.state[p]["replicas"][worker] for p in part.params])
             momenta = [self.state[p].get("momentum_buffer") for p in part.params]
             buffers.append([None if momentum is None else momentum[worker] for momentum in momenta])
-        first = None
         for number in range(super().closure_calls):
-            loss = self._evaluate(closure, worker * super().closure_calls + number)
-            first = loss if number == 0 else first
+            self._evaluate(closure, worker * super().closure_calls + number)
             for part, buffer in zip(parts, buffers, strict=True):
                 group = part.group
                 descend(part, buffer, lr=group["lr"], momentum=group["momentum"], nesterov=group["nesterov"])
         for part in parts:
             put([self.state[p]["replicas"][worker] for p in part.params], part.params)
-        return first
 
 
 def _mean(replicas: Tensor, distributed: bool) -> Tensor:
@@ -185,8 +182,7 @@ def _critical(
         return math.inf
 
     def unstable(curvature: Tensor) -> Tensor:
-        settings = (lr, gamma, evaluations, momentum)
-        return grows(spring_map(curvature, *settings, pull=moving_rate, nesterov=nesterov))
+        return grows(spring_map(curvature, lr, gamma, evaluations, momentum, pull=moving_rate, nesterov=nesterov))
 
     mean = first_unstable(unstable, 1 / lr)
     apart = math.inf if lone else sgd_limit(lr, momentum, nesterov) - 1 / gamma

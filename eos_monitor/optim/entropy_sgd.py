@@ -97,13 +97,11 @@ class EntropySGD(Relaxation):
         """Return 2(1 + μ)/η′ − 1/γ."""
         return sgd_limit(float(group["inner_lr"]), group["inner_momentum"]) - 1 / float(group["gamma"])
 
-    def _relax(self, closure: Closure, parts: Sequence[Part]) -> Any:
+    def _relax(self, closure: Closure, parts: Sequence[Part]) -> None:
         averages = [[x.clone() for x in part.anchors] for part in parts]
         buffers: list[list[Tensor | None]] = [[None] * len(part.params) for part in parts]
-        first = None
         for number in range(self.closure_calls):
-            loss = self._evaluate(closure, number)
-            first = loss if number == 0 else first
+            self._evaluate(closure, number)
             for part, average, buffer in zip(parts, averages, buffers, strict=True):
                 group = part.group
                 descend(part, buffer, lr=group["inner_lr"], momentum=group["inner_momentum"])
@@ -114,7 +112,6 @@ class EntropySGD(Relaxation):
         for part, average in zip(parts, averages, strict=True):
             for p, x, z in zip(part.params, part.anchors, average, strict=True):
                 p.copy_(x.lerp(z, float(part.group["lr"]) / part.group["gamma"]))
-        return first
 
 
 @register_critical_curvature(EntropySGD)
@@ -135,7 +132,8 @@ def _critical(
         return math.inf
 
     def unstable(curvature: Tensor) -> Tensor:
-        y = z = torch.ones_like(curvature)
+        y = torch.ones_like(curvature)
+        z = y
         velocity = torch.zeros_like(curvature)
         for _ in range(evaluations):
             velocity = inner_momentum * velocity + curvature * y + (y - 1) / gamma

@@ -92,13 +92,11 @@ class HamiltonJacobi(Relaxation):
             return math.inf
         return float((1 + group["averaging"]) / ((1 - group["averaging"]) * group["gamma"]))
 
-    def _relax(self, closure: Closure, parts: Sequence[Part]) -> Any:
+    def _relax(self, closure: Closure, parts: Sequence[Part]) -> None:
         smoothed = [[torch.zeros_like(x) for x in part.anchors] for part in parts]
         used: set[Tensor] = set()
-        first = None
         for number in range(self.closure_calls):
-            loss = self._evaluate(closure, number)
-            first = loss if number == 0 else first
+            self._evaluate(closure, number)
             for part, momenta in zip(parts, smoothed, strict=True):
                 group = part.group
                 for p, x, momentum in zip(part.params, part.anchors, momenta, strict=True):
@@ -110,7 +108,6 @@ class HamiltonJacobi(Relaxation):
             put(part.params, part.anchors)
             kept = [(p, momentum) for p, momentum in zip(part.params, momenta, strict=True) if p in used]
             self._sgd(part.group, [p for p, _ in kept], [momentum for _, momentum in kept], weight_decay=0.0)
-        return first
 
 
 @register_critical_curvature(HamiltonJacobi)

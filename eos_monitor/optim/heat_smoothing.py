@@ -83,16 +83,14 @@ class HeatSmoothing(Relaxation):
         )
         super().__init__(params, defaults, generator)
 
-    def _relax(self, closure: Closure, parts: Sequence[Part]) -> Any:
+    def _relax(self, closure: Closure, parts: Sequence[Part]) -> None:
         sums: dict[Tensor, Tensor] = {}
-        first = None
         for number in range(self.closure_calls):
             for part in parts:
                 for p, x in zip(part.params, part.anchors, strict=True):
                     if part.group["gamma"]:
                         torch.add(x, self._noise(x), alpha=math.sqrt(part.group["gamma"]), out=p)
-            loss = self._evaluate(closure, number)
-            first = loss if number == 0 else first
+            self._evaluate(closure, number)
             for p in (p for part in parts for p in part.params if p.grad is not None):
                 sums[p] = sums[p] + gradient(p, 0.0) if p in sums else gradient(p, 0.0).clone()
         for part in parts:
@@ -100,7 +98,6 @@ class HeatSmoothing(Relaxation):
             used = [p for p in part.params if p in sums]
             means = [sums[p] / self.closure_calls for p in used]
             self._sgd(part.group, used, means, weight_decay=part.group["weight_decay"])
-        return first
 
 
 @register_critical_curvature(HeatSmoothing)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, overload
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from eos_monitor.limits.thresholds import register_critical_curvature
-from eos_monitor.optim.checked import CheckedOptimizer
+from eos_monitor.optim.checked_optimizer import GroupwiseOptimizer
 from eos_monitor.optim.response import sgd_limit
 
 _O = TypeVar("_O", bound=Optimizer)
 
 
-class PerturbedSGD(CheckedOptimizer):
+class PerturbedSGD(GroupwiseOptimizer):
     """SGD with its update written as (η/k)·(k d), where d is the gradient or, with momentum, the momentum vector.
 
     Equal in exact arithmetic, this differs from SGD by rounding if k is not a power of two: the smallest perturbation
@@ -75,30 +74,17 @@ class PerturbedSGD(CheckedOptimizer):
         super().__init__(params, defaults)
 
     def _check(self, group: dict[str, Any]) -> None:
-        _check(group)
+        for name in ("lr", "momentum", "weight_decay"):
+            if not group[name] >= 0:
+                raise ValueError(f"Expected {name} ≥ 0, got {group[name]}.")
+        if group["nesterov"] and not group["momentum"]:
+            raise ValueError("Expected momentum > 0 with nesterov=True, got 0.")
+        _check_factor(group["k"])
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step.
-
-        Args:
-            closure: Computes the loss and its gradients once more; called once, and its loss returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._move(p, p.grad, group)
-        return loss
+    def _step(self, group: dict[str, Any]) -> None:
+        for p in group["params"]:
+            if p.grad is not None:
+                self._move(p, p.grad, group)
 
     def _move(self, p: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
         direction = -grad if group["maximize"] else grad
@@ -108,7 +94,8 @@ class PerturbedSGD(CheckedOptimizer):
             state = self.state[p]
             velocity = state.get("momentum_buffer")
             if velocity is None:
-                velocity = state["momentum_buffer"] = direction.detach().clone()
+                velocity = direction.detach().clone()
+                state["momentum_buffer"] = velocity
             else:
                 velocity.mul_(momentum).add_(direction)
             direction = direction.add(velocity, alpha=momentum) if group["nesterov"] else velocity
@@ -166,15 +153,6 @@ def perturbed(optimizer: _O, k: int) -> _O:
 
     optimizer.register_step_pre_hook(before_step)
     return optimizer
-
-
-def _check(group: Mapping[str, Any]) -> None:
-    for name in ("lr", "momentum", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"Expected {name} ≥ 0, got {group[name]}.")
-    if group["nesterov"] and not group["momentum"]:
-        raise ValueError("Expected momentum > 0 with nesterov=True, got 0.")
-    _check_factor(group["k"])
 
 
 def _check_factor(k: object) -> None:

@@ -62,8 +62,8 @@ def _diffusing(part: nn.Module, places: tuple[str, ...]) -> list[tuple[Tensor, s
     """Return the parameters of one layer that diffuse: (parameter, kind, axes, places)."""
     if isinstance(part, _ConvNd):
         # Transposed convolutions keep their weights as (in, out, …).
-        out, into = (1, 0) if isinstance(part, _ConvTransposeNd) else (0, 1)
-        axes = {"conv-out": (out,), "conv-in": (into,), "conv-spatial": tuple(range(2, part.weight.ndim))}
+        out = 1 if isinstance(part, _ConvTransposeNd) else 0
+        axes = {"conv-out": (out,), "conv-in": (1 - out,), "conv-spatial": tuple(range(2, part.weight.ndim))}
         chosen = [place for place in axes if place in places]
         along = tuple(axis for place in chosen for axis in axes[place])
         return [(part.weight, "conv", along, set(chosen))] if chosen else []

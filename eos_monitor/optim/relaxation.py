@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from eos_monitor.optim.checked import CheckedOptimizer
+from eos_monitor.optim.checked_optimizer import CheckedOptimizer
 
 Closure = Callable[[], Any]
 Group = dict[str, Any]
@@ -57,11 +57,12 @@ class Relaxation(CheckedOptimizer):
     """
 
     generator: torch.Generator | None
+    # On the class, because copies and pickles of an optimizer leave out what is neither state nor group.
     evaluation: int | None = None
+    _warned = False
     _ranges: Mapping[str, tuple[str, Callable[[Any], bool]]] = {}  # where a subclass differs from _RANGES
     _noise_settings: tuple[str, ...] = ()
     _remedy = "Lower inner_lr or raise gamma."
-    _warned = False
 
     def __init__(self, params: Any, defaults: dict[str, Any], generator: torch.Generator | None = None) -> None:
         self.generator = generator
@@ -82,8 +83,8 @@ class Relaxation(CheckedOptimizer):
         return math.inf
 
     @abstractmethod
-    def _relax(self, closure: Closure, parts: Sequence[Part]) -> Any:
-        """Move the parameters from x to where the step leads; return the loss of the first evaluation."""
+    def _relax(self, closure: Closure, parts: Sequence[Part]) -> None:
+        """Move the parameters from x to where the step leads."""
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -110,15 +111,22 @@ class Relaxation(CheckedOptimizer):
             for group in self.param_groups
             if (trainable := [p for p in group["params"] if p.requires_grad])
         ]
+        first: list[Any] = []
+
+        def noted() -> None:
+            loss = closure()
+            if not first:
+                first.append(loss)
+
         try:
-            loss = self._relax(closure, parts)
+            self._relax(noted, parts)
         except BaseException:
             for part in parts:
                 put(part.params, part.anchors)
             raise
         for group in self.param_groups:
             group["gamma"] *= 1 - group["scoping"]
-        return loss
+        return first[0]
 
     def check_inner_stability(self, sharpness: float = 0.0) -> bool:
         """Warn where the inner loop cannot be stable on a loss of this sharpness; return whether it can everywhere.
@@ -130,7 +138,8 @@ class Relaxation(CheckedOptimizer):
         """
         stable = True
         for number, group in enumerate(self.param_groups):
-            curvature, limit = sharpness + group["weight_decay"], self.inner_limit(group)
+            curvature = sharpness + group["weight_decay"]
+            limit = self.inner_limit(group)
             if not curvature < limit:
                 stable = False
                 shown = ("inner_lr", "lr", "gamma", "averaging", "inner_momentum", "momentum")
@@ -154,11 +163,12 @@ class Relaxation(CheckedOptimizer):
         if any(p.is_complex() for p in group["params"]):
             raise ValueError("Expected real parameters, got complex ones. Train their torch.view_as_real.")
 
-    def _evaluate(self, closure: Closure, number: int) -> Any:
+    def _evaluate(self, closure: Closure, number: int) -> None:
+        """Call the closure, as the evaluation of this number in the step."""
         self.evaluation = number
         try:
             with torch.enable_grad():
-                return closure()
+                closure()
         finally:
             self.evaluation = None
 

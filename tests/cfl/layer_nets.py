@@ -53,8 +53,11 @@ def cancer(samples: int) -> tuple[Tensor, Tensor]:
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inlet, self.norm = nn.Linear(30, 12), nn.BatchNorm1d(12)
-        self.c1, self.c2, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 1)
+        self.inlet = nn.Linear(30, 12)
+        self.norm = nn.BatchNorm1d(12)
+        self.c1 = nn.Linear(12, 12)
+        self.c2 = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.silu(self.norm(self.inlet(x)))
@@ -66,9 +69,14 @@ class Transformer(nn.Module):
 
     def __init__(self, *, last_norm: bool = False, width: int = 12) -> None:
         super().__init__()
-        self.embed, self.place = nn.Linear(8, width), nn.Parameter(0.1 * torch.randn(8, width))
-        self.norm1, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.embed = nn.Linear(8, width)
+        self.place = nn.Parameter(0.1 * torch.randn(8, width))
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
         self.norm3 = nn.LayerNorm(width) if last_norm else nn.Identity()
         self.head = nn.Linear(width, 10)
 
@@ -84,8 +92,12 @@ class Transformer(nn.Module):
 class SqueezeExcite(nn.Module):
     def __init__(self, norm: bool = False) -> None:
         super().__init__()
-        self.c1, self.c2, self.c3 = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 8, 1)
-        self.down, self.up, self.head = nn.Linear(8, 3), nn.Linear(3, 8), nn.Linear(8, 10)
+        self.c1 = nn.Conv2d(1, 6, 3)
+        self.c2 = nn.Conv2d(6, 6, 3, groups=6)
+        self.c3 = nn.Conv2d(6, 8, 1)
+        self.down = nn.Linear(8, 3)
+        self.up = nn.Linear(3, 8)
+        self.head = nn.Linear(8, 10)
         self.norms = nn.ModuleList(nn.BatchNorm2d(n) if norm else nn.Identity() for n in (6, 6, 8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,8 +113,12 @@ class Gated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inlet = nn.Linear(64, 8)
-        self.g1, self.v1, self.d1 = nn.Linear(8, 10), nn.Linear(8, 10), nn.Linear(10, 8)
-        self.g2, self.v2, self.d2 = nn.Linear(8, 10), nn.Linear(8, 10), nn.Linear(10, 10)
+        self.g1 = nn.Linear(8, 10)
+        self.v1 = nn.Linear(8, 10)
+        self.d1 = nn.Linear(10, 8)
+        self.g2 = nn.Linear(8, 10)
+        self.v2 = nn.Linear(8, 10)
+        self.d2 = nn.Linear(10, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inlet(x)
@@ -116,7 +132,9 @@ class Repeated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inlet, self.again, self.head = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 10)
+        self.inlet = nn.Linear(8, 12)
+        self.again = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.new_zeros(len(x), 12)
@@ -225,7 +243,8 @@ def train(
 
 def states(name: str, seed: int = 0) -> Iterator[tuple[int, nn.Module]]:
     """Yield copies of one net along its training by full-batch gradient descent."""
-    net, done = make(name, seed), 0
+    net = make(name, seed)
+    done = 0
     for step in STATES:
         train(name, net, step - done)
         done = step

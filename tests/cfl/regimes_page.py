@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from eos_monitor.cfl.activations import ACTIVATED, TRANSITIONING, read_activation
+from eos_monitor.cfl.activations import read_activation
+from eos_monitor.cfl.partition import ACTIVATED, TRANSITIONING
 
 # What the page calls it -> torch's function and its arguments
 _ROWS: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -34,7 +35,8 @@ def regimes_table() -> str:
     for title, (name, args) in _ROWS.items():
         activation = read_activation(name, args)
         assert activation is not None
-        partition, scale = activation.partition, activation.scale
+        partition = activation.partition
+        scale = activation.scale
         ends = [None, *(border / float(scale) for border in partition.borders), None]
         spans: dict[int, list[str]] = {}
         for regime, low, high in zip(partition.regimes, ends, ends[1:], strict=False):

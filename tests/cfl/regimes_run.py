@@ -18,12 +18,10 @@ from eos_monitor.cfl.regimes import ActivationRegimes
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.hidden, self.rare, self.head = (
-            nn.Conv1d(2, 3, 3),
-            nn.Linear(12, 8),
-            nn.Linear(8, 8),
-            nn.Linear(8, 2),
-        )
+        self.conv = nn.Conv1d(2, 3, 3)
+        self.hidden = nn.Linear(12, 8)
+        self.rare = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.hidden(F.relu(self.conv(x)).flatten(1)))

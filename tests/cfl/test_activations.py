@@ -8,16 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eos_monitor.cfl.activations import (
-    ACTIVATED,
-    NOT_ACTIVATED,
-    TRANSITIONING,
-    Activation,
-    is_activation,
-    numeric_partition,
-    read_activation,
-    swish,
-)
+from eos_monitor.cfl.activations import Activation, is_activation, read_activation, swish
+from eos_monitor.cfl.partition import ACTIVATED, NOT_ACTIVATED, TRANSITIONING, numeric_partition
 
 H = 1e-3
 # 4th order in H: 1e-12 times a sixth derivative of order 10; rounding 1e-16 / H² = 1e-10 times |r| up to 10
@@ -82,8 +74,10 @@ def test_regimes_follow_the_rule(name: str) -> None:
     activation, function = SMOOTH[name]
     z = grid(without=jumps(name))
     first, second = differences(function, z)
-    first, second = first.abs(), second.abs()
-    top, steep = second.max(), first.max()
+    first = first.abs()
+    second = second.abs()
+    top = second.max()
+    steep = first.max()
     wanted = torch.where(first >= steep / 2, ACTIVATED, NOT_ACTIVATED)
     wanted[second >= top / 2] = TRANSITIONING
     # A grid that leaves out 3e-3 around a jump of r″ misses its maximum by less than 1 % (|r‴| ≤ 3 |r″| there).
@@ -162,7 +156,9 @@ def test_kinks_transition_within_reach(activation: Activation, kinks: list[float
 def test_counts_are_those_of_the_regimes(name: str, reach: str) -> None:
     activation = SMOOTH[name][0] if name in SMOOTH else call(name)
     z = 4.0 * torch.randn(2, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    z[0, :50], z[1, :20], z[1, 20:25] = 0.0, 6.0, float("nan")  # some of them exactly at kinks
+    z[0, :50] = 0.0
+    z[1, :20] = 6.0
+    z[1, 20:25] = float("nan")  # some of them exactly at kinks
     width = {"none": 0.0, "width": 0.1, "update": z.roll(1).abs().nan_to_num() / 10}[reach]
     wanted = torch.bincount(activation.regimes(z, width)[~z.isnan()], minlength=3)
     assert torch.equal(activation.counts(z, width), wanted)

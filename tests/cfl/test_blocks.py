@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from eos_monitor.cfl.blocks import HessianBlocks
+from eos_monitor.cfl.objective import Objective
 from eos_monitor.cfl.tiers import CFLGauge, estimate_cfl
 from eos_monitor.isolation.sandbox import Sandbox
 from tests.cfl.layer_nets import NETS, dense_block, layer_weights, make, top_eigenvalue, train
@@ -12,7 +13,8 @@ from tests.cfl.layer_nets import NETS, dense_block, layer_weights, make, top_eig
 
 @pytest.mark.parametrize("name", ["bn-silu-convs", "gated", "recurrent", "mixed-mlp"])
 def test_converged_blocks_equal_dense_ones(name: str) -> None:
-    net, spec = make(name), NETS[name]
+    net = make(name)
+    spec = NETS[name]
     train(name, net, 40)
     weights = layer_weights(net)
     estimates = estimate_cfl(net, spec.loss, [spec.data()], exact=True)
@@ -27,13 +29,14 @@ def test_converged_blocks_equal_dense_ones(name: str) -> None:
 
 @pytest.mark.parametrize("parts", [1, 3, 6], ids=["one", "kept", "rebuilt"])
 def test_products_are_means_over_batches_by_their_samples(parts: int) -> None:
-    net, spec = make("tanh-mlp"), NETS["tanh-mlp"]
+    net = make("tanh-mlp")
+    spec = NETS["tanh-mlp"]
     x, y = spec.data()
     at = [5 * i for i in range(1, parts)]
     batches = list(zip(x.tensor_split(at), y.tensor_split(at), strict=True))
     weights = [net[2].weight, net[6].weight]
     with Sandbox(net) as sandbox:
-        blocks = HessianBlocks(sandbox, spec.loss, batches, [len(b[0]) for b in batches], weights)
+        blocks = HessianBlocks(Objective(sandbox, net, spec.loss, batches, [len(b[0]) for b in batches]), weights)
         for i, weight in enumerate(weights):
             expected = dense_block(net, spec.loss, (x, y), weight)
             v = torch.randn(len(expected), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -48,7 +51,8 @@ def test_an_unused_weight_has_no_curvature() -> None:
         return module["used"](batch).square().mean()
 
     with Sandbox(net) as sandbox:
-        blocks = HessianBlocks(sandbox, loss, [torch.randn(4, 3).double()], [4], [net["idle"].weight])
+        objective = Objective(sandbox, net, loss, [torch.randn(4, 3).double()], [4])
+        blocks = HessianBlocks(objective, [net["idle"].weight])
         assert not blocks.matvec(0, torch.ones(6).double()).any()
 
 
@@ -57,7 +61,9 @@ def test_three_products_from_the_previous_and_the_cheap_vector() -> None:
     """Along training, ten steps between measurements: k = 3 is within 5 % in at least nine of ten."""
     ratios = []
     for name in ("silu-convs", "transformer", "conv1d", "autoencoder", "bn-silu-convs", "bn-relu-convs", "gated"):
-        net, spec, gauge = make(name), NETS[name], CFLGauge()
+        net = make(name)
+        spec = NETS[name]
+        gauge = CFLGauge()
         weights = layer_weights(net)
         for state in range(10):
             train(name, net, 10)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from eos_monitor.cfl.capture import Capture, LayerCall, Observer, capture, layer_names
+from eos_monitor.cfl.calls import Capture, LayerCall, Observer
+from eos_monitor.cfl.capture import capture, layer_names
 from eos_monitor.isolation.sandbox import Sandbox
 
 X = torch.linspace(-1.5, 2.0, 2 * 3 * 6 * 6).reshape(2, 3, 6, 6).sin()
@@ -198,7 +199,8 @@ def test_layer_call_repeats_the_layer(kind: str) -> None:
 
 def test_edges_give_gradients_before_and_behind_what_is_written_over() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)).double()
-    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1])
+    x = torch.randn(5, 3, dtype=torch.float64)
+    y = torch.tensor([0, 1, 1, 0, 1])
     captured = taken(net, (x, y), loss_fn=lambda m, b: F.cross_entropy(m(b[0]), b[1]))
     assert captured.loss_call is not None
     assert captured.loss_call.edge is not None
@@ -233,14 +235,17 @@ def test_previous_parameters_are_carried_to_the_activation() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+            self.a = nn.Linear(4, 4)
+            self.norm = nn.BatchNorm1d(4)
+            self.b = nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             h = F.dropout(self.norm(self.a(x)), 0.4)
             h.add_(x)
             return self.b(F.relu(h.clone(), inplace=True))
 
-    net, x = Net(), torch.randn(9, 4)
+    net = Net()
+    x = torch.randn(9, 4)
     moved = {net.a.weight: net.a.weight.detach() + 0.1, net.a.bias: net.a.bias.detach() - 0.2}
     seen: list[tuple[Tensor, Tensor | None]] = []
     taken(net, x, observers=(lambda call, activation, z, before: seen.append((z.clone(), before)),), previous=moved)
@@ -262,11 +267,15 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.cell, self.recurrent = nn.GRUCell(4, 4), nn.LSTM(4, 4, batch_first=True)
+        self.cell = nn.GRUCell(4, 4)
+        self.recurrent = nn.LSTM(4, 4, batch_first=True)
         self.old = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-        self.matrix, self.other = nn.Parameter(torch.eye(4)), nn.Parameter(torch.eye(4))
-        self.frozen, self.idle = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
-        self.twice, self.embed = nn.Linear(4, 4), nn.Embedding(3, 4)
+        self.matrix = nn.Parameter(torch.eye(4))
+        self.other = nn.Parameter(torch.eye(4))
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.idle = nn.Linear(4, 4)
+        self.twice = nn.Linear(4, 4)
+        self.embed = nn.Embedding(3, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.attend(x, x, x)[0] + self.recurrent(x)[0]
@@ -299,7 +308,8 @@ def test_checkpoint_without_a_graph_is_reported() -> None:
     class Net(nn.Module):
         def __init__(self, *, reentrant: bool) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.a = nn.Linear(4, 4)
+            self.b = nn.Linear(4, 4)
             self.reentrant = reentrant
 
         def forward(self, x: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from eos_monitor.cfl.capture import capture
-from eos_monitor.cfl.layer_pieces import LayerPieces
+from eos_monitor.cfl.curvature_terms import CurvatureTerms, curvature_terms
+from eos_monitor.cfl.layer_curvature import LayerCurvature
 from eos_monitor.cfl.linear_maps import WeightMap
-from eos_monitor.cfl.pieces import Pieces, Request, take_apart
+from eos_monitor.cfl.objective import Objective
 from eos_monitor.cfl.tiers import CFLGauge
 from eos_monitor.curvature.lanczos import lanczos
 from eos_monitor.isolation.sandbox import Sandbox
@@ -32,15 +33,20 @@ from tests.cfl.layer_nets import (
 EXACT = 16  # probes; more than any net here has outputs, the autoencoder (64) apart
 
 
-def taken_apart(net: nn.Module, loss: Callable[..., Tensor], batches: list[Any], probes: int = EXACT) -> Pieces:
+def terms_of(net: nn.Module, loss: Callable[..., Tensor], batches: list[Any], probes: int = EXACT) -> CurvatureTerms:
     samples = [len(batch[0]) for batch in batches]
     generator = torch.Generator().manual_seed(0)
-    request = Request(loss, list(net.parameters()), lambda name: True, probes, generator)
     with Sandbox(net) as sandbox:
-        return take_apart(sandbox, net, batches, samples, request)
+        return curvature_terms(
+            Objective(sandbox, net, loss, batches, samples),
+            list(net.parameters()),
+            wanted=lambda name: True,
+            probes=probes,
+            generator=generator,
+        )
 
 
-def matrix(layer: LayerPieces) -> Tensor:
+def matrix(layer: LayerCurvature) -> Tensor:
     return torch.stack([layer.matvec(row) for row in torch.eye(layer.parameter.numel(), dtype=torch.float64)])
 
 
@@ -51,12 +57,11 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", [n for n in NETS if n != "autoencoder"])
 def test_layers_in_exact_form_are_exact(name: str) -> None:
     """Nothing is left out behind the last layers, whatever lies between them and the loss: the whole block is right."""
-    net, spec = make(name), NETS[name]
+    net = make(name)
+    spec = NETS[name]
     train(name, net, 20)
     batch = spec.data()
-    exact = {
-        k: v for k, v in taken_apart(net, spec.loss, [batch]).layers.items() if v.surroundings.form == "exact-form"
-    }
+    exact = {k: v for k, v in terms_of(net, spec.loss, [batch]).layers.items() if v.surroundings.form == "exact-form"}
     assert len(exact) >= 1
     for layer in exact.values():
         if layer.parameter.numel() <= 330:
@@ -66,9 +71,10 @@ def test_layers_in_exact_form_are_exact(name: str) -> None:
 
 @pytest.mark.parametrize("step", [0, 100])
 def test_relu_nets_with_exact_gauss_newton(step: int) -> None:
-    net, spec = make("strange-convs"), NETS["strange-convs"]
+    net = make("strange-convs")
+    spec = NETS["strange-convs"]
     train("strange-convs", net, step)
-    for layer in taken_apart(net, spec.loss, [spec.data()]).layers.values():
+    for layer in terms_of(net, spec.loss, [spec.data()]).layers.values():
         truth = top_eigenvalue(dense_block(net, spec.loss, spec.data(), layer.parameter))
         found = lanczos(layer.matvec, size=layer.parameter.numel(), dtype=torch.float64, rtol=1e-3)
         assert layer.surroundings.form == "exact-form"
@@ -80,7 +86,11 @@ def test_relu_nets_with_exact_gauss_newton(step: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UNCOUPLED)
 def test_quality_without_coupling(name: str) -> None:
-    spec, found, expected, first, among = NETS[name], [], [], 0, 0
+    spec = NETS[name]
+    found = []
+    expected = []
+    first = 0
+    among = 0
     for _, net in states(name):
         truth = {k: top_eigenvalue(dense_block(net, spec.loss, spec.data(), w)) for k, w in layer_weights(net).items()}
         estimates = CFLGauge().measure(net, spec.loss, [spec.data()], refine=False)
@@ -89,7 +99,8 @@ def test_quality_without_coupling(name: str) -> None:
         found += [by_name[k] for k in truth]
         expected += list(truth.values())
         place = order.index(max(truth, key=lambda k: truth[k]))
-        first, among = first + (place == 0), among + (place < 3)
+        first = first + (place == 0)
+        among = among + (place < 3)
     ratios = torch.tensor(found) / torch.tensor(expected)
     assert float(ratios.min()) >= 0.5
     assert float(ratios.max()) <= 1.6
@@ -103,7 +114,8 @@ def test_quality_without_coupling(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in COUPLED if n != "last-norm"])
 def test_coupled_layers_are_called_weak(name: str) -> None:
-    net, spec = make(name), NETS[name]
+    net = make(name)
+    spec = NETS[name]
     weak = {e.layer for e in CFLGauge().measure(net, spec.loss, [spec.data()], refine=False) if e.form == "weak"}
     expected = {
         "bn-relu-convs": {"0", "3"},
@@ -130,8 +142,8 @@ def test_batches_are_added_by_their_samples() -> None:
     net = make("bn-silu-convs")
     x, y = spec.data()
     batches = [(x[:60], y[:60]), (x[60:], y[60:])]
-    both = taken_apart(net, spec.loss, batches).layers["6"]
-    parts = [matrix(taken_apart(net, spec.loss, [batch]).layers["6"]) for batch in batches]
+    both = terms_of(net, spec.loss, batches).layers["6"]
+    parts = [matrix(terms_of(net, spec.loss, [batch]).layers["6"]) for batch in batches]
     expected = (60 * parts[0] + 36 * parts[1]) / 96
     assert relative(matrix(both), expected) < 1e-10
     assert top_eigenvalue(expected) < (60 * top_eigenvalue(parts[0]) + 36 * top_eigenvalue(parts[1])) / 96
@@ -139,12 +151,13 @@ def test_batches_are_added_by_their_samples() -> None:
 
 @pytest.mark.parametrize("name", ["silu-convs", "conv1d", "mixed-mlp"])
 def test_cut_graph_agrees_with_the_closed_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, spec = make(name), NETS[name]
+    net = make(name)
+    spec = NETS[name]
     train(name, net, 30)
-    closed = taken_apart(net, spec.loss, [spec.data()], 4).layers
+    closed = terms_of(net, spec.loss, [spec.data()], 4).layers
     assert not any(layer.cut for layer in closed.values())
-    monkeypatch.setattr("eos_monitor.cfl.pieces._Pass._bends", lambda self, loss, second: {})
-    cut = taken_apart(net, spec.loss, [spec.data()], 4).layers
+    monkeypatch.setattr("eos_monitor.cfl.curvature_terms.activation_terms", lambda *_: {})
+    cut = terms_of(net, spec.loss, [spec.data()], 4).layers
     assert any(layer.cut for layer in cut.values())
     for key, layer in closed.items():
         v = torch.randn(layer.parameter.numel(), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -161,7 +174,7 @@ def test_dropout_masks_are_the_same_in_both_passes() -> None:
         return F.cross_entropy(module(batch[0]), batch[1])
 
     weight = net[0].weight
-    layer = taken_apart(net, loss, [batch]).layers["0"]
+    layer = terms_of(net, loss, [batch]).layers["0"]
     with Sandbox(net) as sandbox:
         alias = weight.detach().requires_grad_()
         value = sandbox.evaluate(loss, batch, {weight: alias})
@@ -202,7 +215,8 @@ def test_weight_gradient_is_the_transpose_of_the_layer(layer: nn.Module) -> None
     v = torch.randn_like(net.weight)
     y = weight_map.apply(v)
     plain = copy.deepcopy(net)
-    plain.weight.data, plain.bias.data = v, torch.zeros_like(plain.bias)
+    plain.weight.data = v
+    plain.bias.data = torch.zeros_like(plain.bias)
     torch.testing.assert_close(y, plain(x.double()).detach())
     c = torch.randn_like(y)
     torch.testing.assert_close((weight_map.transpose(c) * v).sum(), (c * y).sum())
@@ -210,7 +224,9 @@ def test_weight_gradient_is_the_transpose_of_the_layer(layer: nn.Module) -> None
 
 def test_products_are_counted_and_few() -> None:
     """Five a layer at most when cold, four when warm, each of one application of the layer and one weight gradient."""
-    spec, net, gauge = NETS["silu-convs"], make("silu-convs"), CFLGauge()
+    spec = NETS["silu-convs"]
+    net = make("silu-convs")
+    gauge = CFLGauge()
     calls: list[str] = []
 
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
@@ -225,7 +241,8 @@ def test_products_are_counted_and_few() -> None:
             estimates = gauge.measure(net, spec.loss, [spec.data()], refine=False)
         products = [e.products for e in estimates if e.layer != "8"]
         assert 1 <= min(products) <= max(products) <= most
-        convolutions, backwards = calls.count("aten::convolution"), calls.count("aten::convolution_backward")
+        convolutions = calls.count("aten::convolution")
+        backwards = calls.count("aten::convolution_backward")
         # Forward: the net and each product.
         assert convolutions == 3 + sum(products)
         # Backward: each product; the loss and the probes through two inputs; when cold, also the start of each layer.

@@ -20,7 +20,8 @@ def test_code_of_the_page_runs(tmp_path: Path, monkeypatch: Any, capsys: pytest.
 
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    x, y = torch.randn(64, 4), torch.randint(3, (64,))
+    x = torch.randn(64, 4)
+    y = torch.randint(3, (64,))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=32)
 
     class Module(pl.LightningModule):

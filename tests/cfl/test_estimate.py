@@ -38,7 +38,8 @@ def truths(net: nn.Module, name: str) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_reported_top_layer_of_coupled_nets() -> None:
-    right, total = 0, 0
+    right = 0
+    total = 0
     for name in COUPLED:
         spec = NETS[name]
         for _, net in states(name):
@@ -53,7 +54,8 @@ def test_reported_top_layer_of_coupled_nets() -> None:
 @pytest.mark.parametrize("case", SGD_THRESHOLDS)
 def test_limits_of_sgd(case: str) -> None:
     options, threshold = SGD_THRESHOLDS[case]
-    net, spec = make("mixed-mlp"), NETS["mixed-mlp"]
+    net = make("mixed-mlp")
+    spec = NETS["mixed-mlp"]
     train("mixed-mlp", net, 30)
     optimizer = torch.optim.SGD(net.parameters(), lr=LR, **options)
     truth = truths(net, "mixed-mlp")
@@ -67,7 +69,8 @@ def test_limits_of_sgd(case: str) -> None:
 
 
 def test_without_an_optimizer_the_limit_is_that_of_gradient_descent() -> None:
-    net, spec = make("mixed-mlp"), NETS["mixed-mlp"]
+    net = make("mixed-mlp")
+    spec = NETS["mixed-mlp"]
     for e in estimate_cfl(net, spec.loss, [spec.data()]):
         assert e.cfl_number is None
         assert e.lr_max == pytest.approx(2 / e.curvature)
@@ -75,7 +78,8 @@ def test_without_an_optimizer_the_limit_is_that_of_gradient_descent() -> None:
 
 def adam_block(net: nn.Module, name: str, optimizer: torch.optim.Optimizer, weight: Tensor) -> tuple[Tensor, float]:
     """Return P^-½ H P^-½ and the limit of lr times its top, from Adam's update written down again."""
-    (group,), state = optimizer.param_groups, optimizer.state[weight]
+    (group,) = optimizer.param_groups
+    state = optimizer.state[weight]
     beta1, beta2 = group["betas"]
     t = float(state["step"]) + 1
     p = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt() + group["eps"]
@@ -87,7 +91,8 @@ def adam_block(net: nn.Module, name: str, optimizer: torch.optim.Optimizer, weig
 @pytest.mark.parametrize("name", ["conv1d", "residual", "gated"])
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 def test_preconditioned_blocks_of_adam(name: str, kind: type[torch.optim.Adam]) -> None:
-    net, spec = make(name), NETS[name]
+    net = make(name)
+    spec = NETS[name]
     decay = 0.0 if kind is torch.optim.Adam else 0.5
     optimizer = kind(net.parameters(), lr=1e-2, weight_decay=decay)
     train(name, net, 60, optimizer)
@@ -106,7 +111,8 @@ def test_preconditioned_blocks_of_adam(name: str, kind: type[torch.optim.Adam]) 
 
 
 def test_coupled_decay_adds_to_the_preconditioned_block() -> None:
-    net, spec = make("mixed-mlp"), NETS["mixed-mlp"]
+    net = make("mixed-mlp")
+    spec = NETS["mixed-mlp"]
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2, weight_decay=0.1)
     train("mixed-mlp", net, 60, optimizer)
     weights = layer_weights(net)
@@ -122,7 +128,8 @@ def test_coupled_decay_adds_to_the_preconditioned_block() -> None:
 
 
 def test_each_layer_has_the_learning_rate_of_its_group() -> None:
-    net, spec = make("mixed-mlp"), NETS["mixed-mlp"]
+    net = make("mixed-mlp")
+    spec = NETS["mixed-mlp"]
     truth = truths(net, "mixed-mlp")
     groups = [{"params": net[0].parameters(), "lr": 1.0}, {"params": net[2].parameters()}]
     optimizer = torch.optim.SGD(groups, lr=0.1)
@@ -134,7 +141,8 @@ def test_each_layer_has_the_learning_rate_of_its_group() -> None:
 
 
 def test_an_optimizer_without_a_limit_has_curvature_only() -> None:
-    net, spec = make("mixed-mlp"), NETS["mixed-mlp"]
+    net = make("mixed-mlp")
+    spec = NETS["mixed-mlp"]
     for e in estimate_cfl(net, spec.loss, [spec.data()], torch.optim.Rprop(net.parameters())):
         assert e.cfl_number is None
         assert e.lr_max is None
@@ -143,7 +151,8 @@ def test_an_optimizer_without_a_limit_has_curvature_only() -> None:
 
 def test_tiers_of_a_long_net() -> None:
     """The first three and the weak ones get the exact tier."""
-    net, spec = make("gated"), NETS["gated"]
+    net = make("gated")
+    spec = NETS["gated"]
     estimates = estimate_cfl(net, spec.loss, [spec.data()])
     cheap = CFLGauge().measure(net, spec.loss, [spec.data()], refine=False)
     first = {e.layer for e in cheap[:3]}
@@ -154,7 +163,8 @@ def test_tiers_of_a_long_net() -> None:
 
 
 def test_layers_by_pattern() -> None:
-    net, spec = make("gated"), NETS["gated"]
+    net = make("gated")
+    spec = NETS["gated"]
     chosen = estimate_cfl(net, spec.loss, [spec.data()], layers=["g?", "inlet"])
     assert {e.layer for e in chosen} == {"g1", "g2", "inlet"}
     whole = {e.layer: e for e in CFLGauge(layers="d*").measure(net, spec.loss, [spec.data()], refine=False)}
@@ -166,11 +176,14 @@ class Odd(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inlet, self.frozen = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.inlet = nn.Linear(4, 4)
+        self.frozen = nn.Linear(4, 4)
         self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-        self.idle, self.matrix = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
-        self.twice, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.idle = nn.Linear(4, 4)
+        self.matrix = nn.Parameter(torch.randn(4, 4))
+        self.twice = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
         self.frozen.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,7 +201,8 @@ def odd_net() -> nn.Module:
 
 
 def test_layers_out_of_reach_say_why() -> None:
-    net, batch = odd_net(), batch_for(12, 5, 4)
+    net = odd_net()
+    batch = batch_for(12, 5, 4)
     estimates = estimate_cfl(net, cross_entropy, [batch])
     by_name = {e.layer: e for e in estimates}
     unknown = {e.layer for e in estimates if e.form == "not attributed"}
@@ -205,7 +219,8 @@ def test_layers_out_of_reach_say_why() -> None:
 
 
 def test_exact_reaches_layers_that_the_cheap_tier_does_not() -> None:
-    net, batch = odd_net(), batch_for(12, 5, 4)
+    net = odd_net()
+    batch = batch_for(12, 5, 4)
     by_name = {e.layer: e for e in estimate_cfl(net, cross_entropy, [batch], exact=True)}
     for name, weight in {"matrix": net.matrix, "twice": net.twice.weight, "inlet": net.inlet.weight}.items():
         truth = top_eigenvalue(dense_block(net, cross_entropy, batch, weight))
@@ -242,7 +257,8 @@ def test_losses_that_couple_samples_are_left_to_the_exact_tier(loss: Any) -> Non
 
 
 def test_shares_of_a_mode() -> None:
-    net, spec = make("mixed-mlp"), NETS["mixed-mlp"]
+    net = make("mixed-mlp")
+    spec = NETS["mixed-mlp"]
     optimizer = torch.optim.SGD(net.parameters(), lr=LR)
     mode = torch.cat([torch.full((p.numel(),), float(p.ndim)) for p in net.parameters()])
     total = sum(p.numel() * p.ndim**2 for p in net.parameters())
@@ -253,7 +269,8 @@ def test_shares_of_a_mode() -> None:
 
 
 def test_regimes_are_those_of_the_activations() -> None:
-    net, spec = make("silu-convs"), NETS["silu-convs"]
+    net = make("silu-convs")
+    spec = NETS["silu-convs"]
     by_name = {e.layer: e for e in estimate_cfl(net, spec.loss, [spec.data()])}
     z = net[0](spec.data()[0])
     border = 1.170685945929424  # |r″| is half of its maximum there
@@ -279,10 +296,12 @@ def test_transition_share_is_that_of_the_bend_at_the_top_vector() -> None:
 
 
 def test_estimates_leave_no_trace_and_repeat() -> None:
-    net, spec = make("bn-silu-convs"), NETS["bn-silu-convs"]
+    net = make("bn-silu-convs")
+    spec = NETS["bn-silu-convs"]
     optimizer = torch.optim.SGD(net.parameters(), lr=LR, momentum=0.9)
     train("bn-silu-convs", net, 3, optimizer)
-    before, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(net.state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
     rng = torch.get_rng_state()
     first = estimate_cfl(net, spec.loss, [spec.data()], optimizer, paper_bound=True, seed=3)
     assert torch.equal(rng, torch.get_rng_state())
@@ -299,7 +318,8 @@ def test_estimates_leave_no_trace_and_repeat() -> None:
     ids=["no-batch", "no-probe"],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
-    net, spec = make("mixed-mlp"), NETS["mixed-mlp"]
+    net = make("mixed-mlp")
+    spec = NETS["mixed-mlp"]
     with pytest.raises(ValueError, match=message):
         estimate_cfl(net, spec.loss, **({"batches": [spec.data()]} | arguments))
 
@@ -312,7 +332,8 @@ def test_a_net_without_layers_gets_one_message() -> None:
 
 
 def test_single_precision_agrees_with_double() -> None:
-    net, spec = make("silu-convs"), NETS["silu-convs"]
+    net = make("silu-convs")
+    spec = NETS["silu-convs"]
     train("silu-convs", net, 100)
     x, y = spec.data()
     double = {e.layer: e.curvature for e in estimate_cfl(net, spec.loss, [(x, y)])}

@@ -29,14 +29,16 @@ def shares(regimes: ActivationRegimes) -> dict[str, tuple[float, ...]]:
 
 def counted(transitioning: Tensor, activated: Tensor) -> tuple[float, float, float]:
     """Shares from two masks, in the order activated, transitioning, not activated."""
-    n, t = transitioning.numel(), int(transitioning.sum())
+    n = transitioning.numel()
+    t = int(transitioning.sum())
     a = int((activated & ~transitioning).sum())
     return (a / n, t / n, (n - t - a) / n)
 
 
 def hooked(module: nn.Module, x: Tensor, names: list[str]) -> dict[str, Tensor]:
     """Outputs of sub-modules of a copy of the net, cloned before anything can write over them."""
-    twin, seen = copy.deepcopy(module), {}
+    twin = copy.deepcopy(module)
+    seen = {}
     for name in names:
         twin.get_submodule(name).register_forward_hook(
             lambda m, inputs, out, name=name: seen.update({name: out.detach().clone()})
@@ -46,7 +48,11 @@ def hooked(module: nn.Module, x: Tensor, names: list[str]) -> dict[str, Tensor]:
 
 
 # Solutions of |r″| = ½ max |r″|, by the table of the reference: SiLU, GELU, tanh (two), softplus = 2 arccosh √2.
-SILU, GELU, TANH_IN, TANH_OUT, SOFTPLUS = 1.1706859, 0.7936284, 0.2032656, 1.3963123, 1.7627472
+SILU = 1.1706859
+GELU = 0.7936284
+TANH_IN = 0.2032656
+TANH_OUT = 1.3963123
+SOFTPLUS = 1.7627472
 # What a brute-force count says of z: (transitioning, activated)
 COUNTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "silu": lambda z: (z.abs() < SILU, z > 0),
@@ -79,8 +85,10 @@ class Convolutions(nn.Module):
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.conv, self.up = nn.Conv2d(1, 4, 3, stride=2), nn.ConvTranspose2d(4, 2, 3)
-        self.fc, self.head = nn.Linear(50, 9), nn.Linear(9, 2)
+        self.conv = nn.Conv2d(1, 4, 3, stride=2)
+        self.up = nn.ConvTranspose2d(4, 2, 3)
+        self.fc = nn.Linear(50, 9)
+        self.head = nn.Linear(9, 2)
         self.activation = [activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +122,10 @@ class Normed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.norm, self.b, self.head = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.a = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.b = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.norm(self.a(x)), inplace=True)
@@ -124,7 +135,8 @@ class Normed(nn.Module):
 def test_kinks_use_the_reach_of_the_last_update() -> None:
     """Pre-activations before and after the update by hand: normalized, summed, and with one dropout mask."""
     torch.manual_seed(0)
-    net, x = Normed().double(), torch.randn(40, 6, dtype=torch.float64)
+    net = Normed().double()
+    x = torch.randn(40, 6, dtype=torch.float64)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     mean_loss = net(x).square().mean()
@@ -159,7 +171,8 @@ def test_kinks_use_the_reach_of_the_last_update() -> None:
 
 
 def test_update_of_nothing_has_no_reach() -> None:
-    net, x = Normed().eval(), torch.randn(30, 6)
+    net = Normed().eval()
+    x = torch.randn(30, 6)
     regimes = ActivationRegimes(net)
     regimes.update(mean_output, x, net.state_dict())
     assert all(found[1] == 0.0 for found in shares(regimes).values())
@@ -174,7 +187,8 @@ def test_layer_used_twice_counts_both_uses() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.tanh(self.layer(F.silu(self.layer(x))))
 
-    net, x = Twice(), 2.0 * torch.randn(20, 5)
+    net = Twice()
+    x = 2.0 * torch.randn(20, 5)
     regimes = ActivationRegimes(net)
     regimes.update(mean_output, x)
     with torch.no_grad():
@@ -188,9 +202,11 @@ def test_layer_used_twice_counts_both_uses() -> None:
 class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.attend, self.idle = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 4)
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.idle = nn.Linear(4, 4)
         self.normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-        self.frozen, self.plain = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.plain = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.normed(self.attend(x, x, x)[0]))
@@ -218,12 +234,14 @@ def test_mixed_types_count_alike() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.low, self.high = nn.Linear(4, 8).bfloat16(), nn.Linear(8, 8)
+            self.low = nn.Linear(4, 8).bfloat16()
+            self.high = nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
             return torch.tanh(self.high(F.silu(self.low(x.bfloat16()).float())))
 
-    net, x = Mixed(), 3.0 * torch.randn(30, 4)
+    net = Mixed()
+    x = 3.0 * torch.randn(30, 4)
     regimes = ActivationRegimes(net)
     regimes.update(mean_output, x)
     seen = hooked(net, x, ["low", "high"])
@@ -285,7 +303,8 @@ def test_metric_follows_torchmetrics() -> None:
     class Owner(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer, self.head = nn.Linear(2, 2), nn.Linear(2, 1)
+            self.layer = nn.Linear(2, 2)
+            self.head = nn.Linear(2, 1)
             self.regimes = ActivationRegimes(self)
 
         def forward(self, x: Tensor) -> Tensor:

@@ -139,7 +139,8 @@ def test_batch_sharpness_without_an_edge_ratio_is_drawn() -> None:
 def test_ground_is_coloured_by_verdict() -> None:
     ratio = run_figure(CLIMB).axes[2]
     spans = [(p.get_x(), p.get_x() + p.get_width(), to_hex(p.get_facecolor())) for p in ratio.patches]
-    stable, edge = VERDICT_COLORS["STABLE"], VERDICT_COLORS["EDGE"]
+    stable = VERDICT_COLORS["STABLE"]
+    edge = VERDICT_COLORS["EDGE"]
     assert spans == [(0, 10, stable), (10, 20, stable), (20, 30, edge), (30, 30, edge)]
     assert [text.get_text() for text in ratio.get_legend().get_texts()] == ["STABLE", "EDGE"]
 

@@ -130,7 +130,8 @@ def test_events_readings_and_figures_are_left(demo: EdgeDemo) -> None:
 def test_demo_leaves_generator_threads_and_loggers_alone(tmp_path: Path) -> None:
     loggers = [rank_zero.log, logging.getLogger("pytorch_lightning.eos_monitor")]
     before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
-    generator, threads = torch.get_rng_state(), torch.get_num_threads()
+    generator = torch.get_rng_state()
+    threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         for logger in loggers:
@@ -232,7 +233,8 @@ def test_every_run_settles_at_its_edge(seed: int, tmp_path: Path) -> None:
     # Theory: within 25 % of 2/lr, here from below. Five seeds lay in 0.78-0.92 when it was set, and the edge ratios
     # of the probe, which reads λ_max some 1.2 times too high, in 0.56-0.65.
     noisy = demo.minibatch_sgd
-    batchwise, noisy_ratio = noisy.mean_batch_sharpness(600), noisy.mean("edge_ratio", 600)
+    batchwise = noisy.mean_batch_sharpness(600)
+    noisy_ratio = noisy.mean("edge_ratio", 600)
     assert batchwise is not None
     assert noisy_ratio is not None
     assert 0.75 <= batchwise / 2 <= 1.15

@@ -7,7 +7,9 @@ import torch
 from eos_monitor import InstabilityDetector, Verdict
 from eos_monitor.lab.pde_cases import Moment, beltrami, heat, one_layer_pde, watch
 
-STABLE, RESTRAINED, DIVERGING = Verdict.STABLE, Verdict.RESTRAINED, Verdict.DIVERGING
+STABLE = Verdict.STABLE
+RESTRAINED = Verdict.RESTRAINED
+DIVERGING = Verdict.DIVERGING
 SEEDS = (7, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 1, 2, 3)))
 
 
@@ -28,7 +30,8 @@ def net_loss(kernel: torch.Tensor, decay: float = 20.0) -> torch.Tensor:
 
 def test_one_layer_step_is_that_of_the_whole_convolution() -> None:
     flow = one_layer_pde(0.03)
-    first, second = next(flow), next(flow)
+    first = next(flow)
+    second = next(flow)
     kernel = torch.as_tensor(first.state).requires_grad_()
     loss = net_loss(kernel)
     (gradient,) = torch.autograd.grad(loss, kernel)
@@ -46,7 +49,8 @@ def test_one_layer_minimum_has_the_curvature_of_the_critical_learning_rate() -> 
 @pytest.mark.parametrize("steps", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_one_layer_sharpness_is_a_finite_difference(steps: int) -> None:
     now = after(one_layer_pde(0.04), steps)
-    kernel, mode = torch.as_tensor(now.state), torch.as_tensor(now.mode)
+    kernel = torch.as_tensor(now.state)
+    mode = torch.as_tensor(now.mode)
 
     def slope(at: float) -> torch.Tensor:
         moved = (kernel + at * mode).requires_grad_()
@@ -63,7 +67,8 @@ def test_heat_changes_at_the_rate_of_its_extreme_mode(dt: float, rate: str) -> N
     # amplification 1 − 4 dt sin²(π j / 60) of the odd modes j, the only ones in a symmetric start
     amplification = abs(1 - 4 * dt * np.sin(np.pi * (1 if rate == "slowest" else 29) / 60) ** 2)
     flow = heat(dt)
-    early, late = after(flow, 300).state, after(flow, 19).state  # twenty steps apart
+    early = after(flow, 300).state
+    late = after(flow, 19).state  # twenty steps apart
     # by then the other modes add less than a thousandth
     assert np.log(np.abs(late).max() / np.abs(early).max()) / 20 == pytest.approx(np.log(amplification), rel=0.01)
 

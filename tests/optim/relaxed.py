@@ -30,7 +30,10 @@ class Step:
     """Steps an optimizer; its closure draws the next batch and counts."""
 
     def __init__(self, net: nn.Module, optimizer: Any, batches: Iterator[Batch], set_to_none: bool = True) -> None:
-        self.net, self.optimizer, self.batches, self.set_to_none = net, optimizer, batches, set_to_none
+        self.net = net
+        self.optimizer = optimizer
+        self.batches = batches
+        self.set_to_none = set_to_none
         self.calls = 0
         self.before: Callable[[], Any] = lambda: None  # runs at the start of each evaluation
         self.after: Callable[[], Any] = lambda: None  # runs once the gradients are there

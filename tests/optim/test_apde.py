@@ -43,15 +43,18 @@ def stepped(optimizer: Any, params: Sequence[Tensor], steps: int = 6, seed: int 
 @pytest.mark.parametrize("foreach", [None, False, True])
 @pytest.mark.parametrize("rest", [{}, {"weight_decay": 5e-4}, {"weight_decay": 5e-4, "maximize": True}])
 def test_without_diffusion_it_is_nesterov(dtype: torch.dtype, foreach: bool | None, rest: Any) -> None:
-    a, b = parameters(SHAPES, dtype), parameters(SHAPES, dtype)
+    a = parameters(SHAPES, dtype)
+    b = parameters(SHAPES, dtype)
     ours = stepped(APDE(a, 0.1, 0.9, foreach=foreach, **rest), a)
     torchs = stepped(SGD(b, 0.1, 0.9, nesterov=True, foreach=foreach, **rest), b)
     assert all(torch.equal(x, y) for x, y in zip(ours, torchs, strict=True))
 
 
 def test_without_diffusion_and_momentum_it_is_gradient_descent() -> None:
-    a, b = parameters(SHAPES), parameters(SHAPES)
-    one, two = APDE(a, 0.1, 0.0), SGD(b, 0.1)
+    a = parameters(SHAPES)
+    b = parameters(SHAPES)
+    one = APDE(a, 0.1, 0.0)
+    two = SGD(b, 0.1)
     for optimizer, params in ((one, a), (two, b)):
         for p in params:
             p.grad = p.detach().clone()
@@ -88,7 +91,8 @@ def second_difference(n: int, boundary: str) -> np.ndarray:
 def dense_laplacian(shape: Sequence[int], axes: Sequence[int], boundary: str) -> np.ndarray:
     total = np.zeros((math.prod(shape),) * 2)
     for axis in axes:
-        before, after = np.eye(math.prod(shape[:axis])), np.eye(math.prod(shape[axis + 1 :]))
+        before = np.eye(math.prod(shape[:axis]))
+        after = np.eye(math.prod(shape[axis + 1 :]))
         total += np.kron(np.kron(before, second_difference(shape[axis], boundary)), after)
     return total
 
@@ -119,7 +123,8 @@ def test_step_is_the_papers(
     (p,) = parameters([shape])
     if len(shape) == 4:
         p.data = p.data.contiguous(memory_format=torch.channels_last)
-    theta, v = p.detach().numpy().ravel().copy(), np.zeros(p.numel())
+    theta = p.detach().numpy().ravel().copy()
+    v = np.zeros(p.numel())
     optimizer = APDE([p], 0.1, 0.9, 0.01, diffusion=0.7, axes=axes, boundary=boundary, foreach=foreach)
     g = torch.Generator().manual_seed(1)
     for i in range(5):
@@ -144,7 +149,8 @@ def test_largest_eigenvalue_is_that_of_the_matrix(lengths: tuple[int, ...], boun
 
 def test_nothing_diffuses_along_axes_of_one_point() -> None:
     assert stable_diffusion((4, 3, 1, 1), "spatial", 0.9) == 0
-    a, b = parameters([(4, 3, 1, 1)]), parameters([(4, 3, 1, 1)])
+    a = parameters([(4, 3, 1, 1)])
+    b = parameters([(4, 3, 1, 1)])
     assert torch.equal(stepped(APDE(a, 0.1, diffusion=1.0, axes="spatial"), a)[0], stepped(APDE(b, 0.1), b)[0])
 
 
@@ -244,9 +250,13 @@ def test_three_by_three_kernels_bear_a_quarter_more_than_the_paper_says() -> Non
 def test_physical_coefficients_come_back() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
-        lr, momentum, beta = 10 ** rng.uniform(-4, 1), rng.uniform(0, 1), rng.uniform(0, 0.5)
+        lr = 10 ** rng.uniform(-4, 1)
+        momentum = rng.uniform(0, 1)
+        beta = rng.uniform(0, 0.5)
         assert from_physical(*to_physical(lr, momentum, beta)) == pytest.approx((lr, momentum, beta), rel=1e-12)
-        step, damping, spread = 10 ** rng.uniform(-2, 0), rng.uniform(0, 2), rng.uniform(0, 3)
+        step = 10 ** rng.uniform(-2, 0)
+        damping = rng.uniform(0, 2)
+        spread = rng.uniform(0, 3)
         again = to_physical(*from_physical(step, damping, spread))
         assert again == pytest.approx((step, damping, spread), rel=1e-12)
 
@@ -258,7 +268,8 @@ def test_no_time_step_no_equation() -> None:
 
 def test_largest_diffusivity_is_the_cfl_bound() -> None:
     # (10): b Δt ≤ 1/2N.
-    lr, momentum = 0.2, 0.9
+    lr = 0.2
+    momentum = 0.9
     physical = to_physical(lr, momentum, stable_diffusion((64,), 0, momentum, "periodic"))
     assert physical.diffusivity * physical.time_step == pytest.approx(0.5, rel=1e-12)
 
@@ -266,7 +277,8 @@ def test_largest_diffusivity_is_the_cfl_bound() -> None:
 @pytest.mark.parametrize(("m", "lr", "momentum"), [(2.0, 2 / 39, 37 / 39), (4.0, 1 / 77, 75 / 77)])
 def test_reduced_time_step(m: float, lr: float, momentum: float) -> None:
     """At η = 0.2, γ = 0.9: Δt² = 4/19 and a Δt = 2/19, so that η' = 2Δt²/m²(2 + aΔt/m), and γ' likewise."""
-    a, b = parameters([(8,)]), parameters([(8,)])
+    a = parameters([(8,)])
+    b = parameters([(8,)])
     reduced = APDE(a, 0.2, 0.9, diffusion=0.9, time_step_reduction=m)
     direct = APDE(b, lr, momentum, diffusion=0.9)
     for optimizer, (p,) in ((reduced, a), (direct, b)):
@@ -277,7 +289,8 @@ def test_reduced_time_step(m: float, lr: float, momentum: float) -> None:
     assert torch.allclose(a[0], b[0], rtol=1e-11, atol=1e-11)
     # The effective learning rate is divided by m.
     assert lr / (1 - momentum) == pytest.approx(0.2 / 0.1 / m, rel=1e-12)
-    slower, same = critical_curvature(reduced), critical_curvature(direct)
+    slower = critical_curvature(reduced)
+    same = critical_curvature(direct)
     assert torch.allclose(slower.c, same.c, rtol=1e-12)
     assert slower.threshold == pytest.approx(0.2 * float(same.c[0]), rel=1e-12)
 
@@ -288,7 +301,8 @@ def test_reduced_time_step(m: float, lr: float, momentum: float) -> None:
 def propagator(hessian: Tensor, optimizer: APDE) -> Tensor:
     """Matrix of one step on ½ xᵀHx over weights and velocities, column by column from the real step."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    n, sizes = len(hessian), [p.numel() for p in params]
+    n = len(hessian)
+    sizes = [p.numel() for p in params]
     velocities = [optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
     columns = []
     for unit in torch.eye(2 * n, dtype=torch.float64):
@@ -321,7 +335,8 @@ QUADRATICS = [[(4, 3), (5,)], [(12,)], [(3, 2, 3), (4,)], [(2, 2, 2, 2)]]
 @pytest.mark.parametrize("diffuse", [False, True], ids=["plain", "diffused"])
 def test_no_quadratic_diverges_below_the_edge(diffuse: bool) -> None:
     """200 random Hessians that do not commute with the Laplacian, two learning rates, momenta and diffusions each."""
-    rng, g = np.random.default_rng(int(diffuse)), torch.Generator().manual_seed(int(diffuse))
+    rng = np.random.default_rng(int(diffuse))
+    g = torch.Generator().manual_seed(int(diffuse))
     for i in range(200):
         params = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in QUADRATICS[i % len(QUADRATICS)]]
         groups = [
@@ -359,8 +374,10 @@ def test_no_mixture_of_modes_is_less_stable_than_nesterov(momentum: float) -> No
     for angle in np.linspace(1e-3, np.pi - 1e-3, 800):
         z = np.exp(1j * angle)
         p = (z - 1) * (z - modes) / (z + (z - 1) * modes)
-        above, below = p[p.imag >= 0], p[p.imag <= 0]
-        above, below = above[:, None], below[None, :]  # every pair, each weighted by the other's imaginary part
+        above = p[p.imag >= 0]
+        below = p[p.imag <= 0]
+        above = above[:, None]
+        below = below[None, :]  # every pair, each weighted by the other's imaginary part
         size = -below.imag * np.abs(above) ** 2 + above.imag * np.abs(below) ** 2
         pull = below.imag * above.real - above.imag * below.real
         # No pull: no positive H can hold such a mixture. The last factor is rounding near μ = −1, where p nears 0.
@@ -383,7 +400,9 @@ def mode_edge(mu: float) -> float:
 @pytest.mark.parametrize("mode", [0, 3, 7])
 def test_edge_where_the_hessian_commutes_with_the_laplacian(mode: int, share: float) -> None:
     """Exact for a sharpest direction that is constant along the axis, conservative for others by a known factor."""
-    n, lr, momentum = 8, 0.1, 0.9
+    n = 8
+    lr = 0.1
+    momentum = 0.9
     waves = np.linalg.eigh(-second_difference(n, "neumann"))
     (p,) = parameters([(n,)])
     optimizer = APDE([p], lr, momentum, diffusion=share)
@@ -392,7 +411,8 @@ def test_edge_where_the_hessian_commutes_with_the_laplacian(mode: int, share: fl
     wave = torch.from_numpy(waves.eigenvectors[:, mode])
     rest = 1e-3 * torch.eye(n, dtype=torch.float64)
 
-    low, high = 0.1 / lr, 5 / lr
+    low = 0.1 / lr
+    high = 5 / lr
     while high - low > 1e-6 * high:
         middle = (low + high) / 2
         stable = radius(middle * torch.outer(wave, wave) + rest, optimizer) <= 1 + 1e-12
@@ -515,7 +535,8 @@ def batch_norm_net() -> nn.Sequential:
 
 def accuracy(place: str, diffusion: float, seed: int) -> float:
     """Test accuracy after training, a mean over the last three of 12 epochs, which are noisy at this fixed lr."""
-    (x, y), g = digits(), torch.Generator().manual_seed(seed)
+    (x, y) = digits()
+    g = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = batch_norm_net()

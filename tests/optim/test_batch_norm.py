@@ -19,7 +19,8 @@ def test_statistics_are_those_over_the_batches() -> None:
     net = normalized()
     net[2].eval()
     batches = [(torch.randn(16, 5), None) for _ in range(3)]
-    modes, rng = [m.training for m in net.modules()], torch.get_rng_state()
+    modes = [m.training for m in net.modules()]
+    rng = torch.get_rng_state()
     recompute_batch_norm(net, iter(batches))
     hidden = [net[0](x).detach() for x, _ in batches]
     # float32 sums of 16 values

@@ -52,7 +52,8 @@ def test_closure_is_called_once_and_its_loss_returned(name: str) -> None:
 
 @every
 def test_closure_and_gradients_given_are_the_same(name: str) -> None:
-    by_closure, given = run(name), run(name)
+    by_closure = run(name)
+    given = run(name)
     by_closure(4)
     for _ in range(4):
         given.closure()
@@ -159,7 +160,8 @@ def test_scheduler(name: str) -> None:
 @ours
 def test_tensor_learning_rate_is_its_value(name: str) -> None:
     # 2^-3 is the same number in single precision.
-    number, tensor = run(name, lr=0.125), run(name, lr=torch.tensor(0.125))
+    number = run(name, lr=0.125)
+    tensor = run(name, lr=torch.tensor(0.125))
     number(3), tensor(3)
     assert same(weights(number.net), weights(tensor.net))
 
@@ -177,7 +179,8 @@ def test_clipped_gradients_make_small_steps(name: str) -> None:
 
 @every
 def test_gradients_set_to_none_or_zero(name: str) -> None:
-    to_none, to_zero = run(name), run(name)
+    to_none = run(name)
+    to_zero = run(name)
     to_zero.set_to_none = False
     to_none(3), to_zero(3)
     assert same(weights(to_none.net), weights(to_zero.net))
@@ -189,7 +192,8 @@ def test_frozen_and_unused_parameters_stay(name: str) -> None:
     net[0].bias.requires_grad_(False)
     unused = nn.Parameter(torch.full((3,), 0.1, dtype=torch.float64))
     step = Step(net, ROWS[name]([*net.parameters(), unused]), stream())
-    before, weight = net[0].bias.clone(), net[0].weight.detach().clone()
+    before = net[0].bias.clone()
+    weight = net[0].weight.detach().clone()
     step(3)
     assert torch.equal(net[0].bias, before)
     assert torch.equal(unused.detach(), torch.full((3,), 0.1, dtype=torch.float64))
@@ -221,7 +225,8 @@ def test_complex_parameters_step_as_their_parts(name: str) -> None:
     targets = torch.randn(5, generator=g, dtype=torch.complex128)
     whole = nn.Parameter(values.clone())
     parts = [nn.Parameter(values.real.clone()), nn.Parameter(values.imag.clone())]
-    one, two = ROWS[name]([whole]), ROWS[name](parts)
+    one = ROWS[name]([whole])
+    two = ROWS[name](parts)
     for _ in range(5):
         one.zero_grad(), two.zero_grad()
         (whole - targets).abs().pow(4).sum().backward()
@@ -233,7 +238,8 @@ def test_complex_parameters_step_as_their_parts(name: str) -> None:
 
 @every
 def test_edge_is_known_and_falls_with_the_learning_rate(name: str) -> None:
-    step, faster = run(name), run(name, lr=0.2)
+    step = run(name)
+    faster = run(name, lr=0.2)
     step(), faster()
     slow, fast = (critical_curvature(s.optimizer) for s in (step, faster))
     assert slow.c is not None

@@ -52,7 +52,8 @@ def test_uncoupled_worker_is_sgd(evaluations: int, momentum: dict[str, Any]) -> 
     nets = make_net(), make_net()
     settings = {"lr": 0.3, "weight_decay": 0.01, **momentum}
     elastic = ElasticSGD(nets[0].parameters(), workers=1, gamma=math.inf, evaluations=evaluations, **settings)
-    ours, sgd = Step(nets[0], elastic, stream()), Step(nets[1], SGD(nets[1].parameters(), **settings), stream())
+    ours = Step(nets[0], elastic, stream())
+    sgd = Step(nets[1], SGD(nets[1].parameters(), **settings), stream())
     for _ in range(4):
         ours(), sgd(evaluations)
         assert same(weights(nets[0]), weights(nets[1]))

@@ -68,7 +68,8 @@ def test_three_times_a_power_of_two_is_three(dtype: torch.dtype) -> None:
 def test_it_is_the_momentum_vector_that_is_perturbed() -> None:
     """(η/k)·(k v), written out; the velocity itself is SGD's."""
     (p, q) = (nn.Parameter(torch.linspace(0.1, 1, 40)) for _ in range(2))
-    ours, torchs = PerturbedSGD([p], 0.1, 0.9, k=3), SGD([q], 0.1, 0.9)
+    ours = PerturbedSGD([p], 0.1, 0.9, k=3)
+    torchs = SGD([q], 0.1, 0.9)
     g = torch.Generator().manual_seed(0)
     for _ in range(3):
         p.grad = torch.randn(40, generator=g)

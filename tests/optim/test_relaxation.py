@@ -197,7 +197,8 @@ def test_scheduler(name: str) -> None:
 @every
 def test_tensor_learning_rate_is_its_value(name: str) -> None:
     # 2^-3 is the same number in single precision.
-    number, tensor = run(name, lr=0.125), run(name, lr=torch.tensor(0.125))
+    number = run(name, lr=0.125)
+    tensor = run(name, lr=torch.tensor(0.125))
     number(3), tensor(3)
     assert same(weights(number.net), weights(tensor.net))
 
@@ -222,7 +223,8 @@ def test_every_gradient_can_be_clipped(name: str) -> None:
 
 @every
 def test_gradients_set_to_none_or_zero(name: str) -> None:
-    to_none, to_zero = run(name), run(name)
+    to_none = run(name)
+    to_zero = run(name)
     to_zero.set_to_none = False
     to_none(3), to_zero(3)
     assert same(weights(to_none.net), weights(to_zero.net))
@@ -231,7 +233,8 @@ def test_gradients_set_to_none_or_zero(name: str) -> None:
 @every
 @pytest.mark.parametrize("foreach", [True, False])
 def test_kernels_agree(name: str, foreach: bool) -> None:
-    default, chosen = run(name), run(name, foreach=foreach)
+    default = run(name)
+    chosen = run(name, foreach=foreach)
     default(3), chosen(3)
     assert same(weights(default.net), weights(chosen.net))
 
@@ -242,7 +245,8 @@ def test_frozen_and_unused_parameters_stay(name: str) -> None:
     net[0].bias.requires_grad_(False)
     unused = nn.Parameter(torch.full((3,), 0.1, dtype=torch.float64))
     step = Step(net, build(name, [*net.parameters(), unused]), stream())
-    before, weight = net[0].bias.clone(), net[0].weight.detach().clone()
+    before = net[0].bias.clone()
+    weight = net[0].weight.detach().clone()
     step(3)
     assert torch.equal(net[0].bias, before)
     assert torch.equal(unused.detach(), torch.full((3,), 0.1, dtype=torch.float64))
@@ -402,8 +406,16 @@ def test_one_inner_step_is_sgd(reduced: Any, foreach: bool | None) -> None:
 
 # ---- the formulas, written out again in numpy for one quadratic per mini-batch: f_k(x) = ½ h_k x² − b_k x
 
-H, B = np.array([0.5, 2.0, 1.0, 3.0, 0.2, 1.5] * 10), np.linspace(-1, 1, 60)
-ETA, INNER, GAMMA, ALPHA, L, DECAY, SCOPING, ROUNDS = 0.7, 0.1, 0.8, 0.6, 3, 0.05, 0.1, 4
+H = np.array([0.5, 2.0, 1.0, 3.0, 0.2, 1.5] * 10)
+B = np.linspace(-1, 1, 60)
+ETA = 0.7
+INNER = 0.1
+GAMMA = 0.8
+ALPHA = 0.6
+L = 3
+DECAY = 0.05
+SCOPING = 0.1
+ROUNDS = 4
 
 
 class Noisy:
@@ -430,7 +442,9 @@ def entropy(g: Noisy, x: float, gamma: float) -> float:
 
 def entropy_with_momentum(g: Noisy, x: float, gamma: float) -> float:
     for _ in range(ROUNDS):
-        y, z, v = x, x, 0.0
+        y = x
+        z = x
+        v = 0.0
         for _ in range(L):
             v = 0.5 * v + g(y) + DECAY * y + (y - x) / gamma
             y = y - INNER * v
@@ -501,7 +515,8 @@ def test_formula(name: str) -> None:
     g = Noisy()
 
     def closure() -> Tensor:
-        h, b = H[g.k], B[g.k]
+        h = H[g.k]
+        b = B[g.k]
         g.k += 1
         optimizer.zero_grad()
         loss = (0.5 * h * x * x - b * x).sum()
@@ -572,7 +587,9 @@ def test_heat_descends_the_smoothed_loss() -> None:
 @pytest.mark.parametrize("name", ["entropy-noise-momentum", "heat", "burgers-noise-momentum"])
 def test_noise_is_the_generators(name: str) -> None:
     torch.manual_seed(0)
-    first, again, other = run(name), run(name), run(name, generator=seeded(6))
+    first = run(name)
+    again = run(name)
+    other = run(name, generator=seeded(6))
     first()
     assert torch.initial_seed() == 0
     state = torch.get_rng_state()

@@ -76,7 +76,8 @@ def test_critical_curvature_is_where_the_real_step_turns_unstable(name: str) -> 
         return radius(cls, {"weight_decay": decay, **settings}, turn @ torch.diag(eigenvalues) @ turn.T) > 1 + 1e-9
 
     assert not any(unstable(share * c) for share in (0.1, 0.3, 0.5, 0.7, 0.9, 0.99))
-    low, high = 0.99 * c, 1.01 * c
+    low = 0.99 * c
+    high = 1.01 * c
     assert unstable(high)
     while high - low > 1e-9 * high:
         middle = (low + high) / 2
