@@ -22,7 +22,8 @@ def clipped_edge_ratio(trainer: Any, edge_ratio: float | None) -> float | None:
         trainer: The Trainer.
         edge_ratio: Edge ratio without clipping.
     """
-    limit, by = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    limit = trainer.gradient_clip_val
+    by = trainer.gradient_clip_algorithm
     # Lightning clips by the norm unless told otherwise; by value there is no common factor.
     if edge_ratio is None or not limit or (by is not None and getattr(by, "value", by) != "norm"):
         return None

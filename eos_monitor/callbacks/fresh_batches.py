@@ -84,7 +84,8 @@ def _relaxations(trainer: Any) -> list[Relaxation]:
 
 def _refuse(trainer: Any, optimizers: Iterable[Relaxation]) -> None:
     for optimizer in optimizers:
-        name, calls = type(optimizer).__name__, optimizer.closure_calls
+        name = type(optimizer).__name__
+        calls = optimizer.closure_calls
         scheduled = (
             factor
             for callback in trainer.callbacks

@@ -38,7 +38,9 @@ class RateFactors:
             handle.remove()
         for optimizer in self._optimizers:
             self._put_back(optimizer)
-        self._handles, self._optimizers, self._inside = [], [], set()
+        self._handles = []
+        self._optimizers = []
+        self._inside = set()
 
     def now(self, optimizer: Any) -> None:
         """Take in that an update comes next: its factors are known.

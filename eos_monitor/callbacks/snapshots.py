@@ -43,7 +43,8 @@ class Snapshot:
             for tensor, before in zip(_tensors(module), self.tensors, strict=True):
                 tensor.copy_(before)
         for optimizer, state in zip(optimizers, self.optimizers, strict=True):
-            groups, present = optimizer.param_groups, optimizer.state_dict()
+            groups = optimizer.param_groups
+            present = optimizer.state_dict()
             optimizer.load_state_dict(_copied(state) | {"param_groups": present["param_groups"]})
             optimizer.param_groups = groups  # those that everybody else holds on to
 

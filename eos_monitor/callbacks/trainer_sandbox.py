@@ -24,18 +24,22 @@ class TrainerSandbox(Sandbox):
     def __init__(self, trainer: Any, pl_module: nn.Module, *, seed: int = 0) -> None:
         super().__init__(pl_module, overrides=_silent, seed=seed)
         self._trainer = trainer
+        self._loggers: list[Any] = []
+        self._should_stop = False
 
     def __enter__(self) -> TrainerSandbox:
         super().__enter__()
         trainer = self._trainer
-        self._loggers, self._should_stop = trainer._loggers, trainer.should_stop
+        self._loggers = trainer._loggers
+        self._should_stop = trainer.should_stop
         trainer._loggers = [_Absorbing(logger) for logger in self._loggers]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._trainer._loggers, self._trainer.should_stop = self._loggers, self._should_stop
+        self._trainer._loggers = self._loggers
+        self._trainer.should_stop = self._should_stop
         super().__exit__(kind, error, trace)
 
 
