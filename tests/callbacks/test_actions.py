@@ -459,3 +459,42 @@ def test_rows_hold_plain_values_only(tmp_path: Path) -> None:
     for row in acting.done:
         append_jsonl(tmp_path / "again.jsonl", row)
     assert [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()] == acting.done
+
+
+# ---------------------------------------------------------------- a callback of its own
+
+
+def test_without_a_monitor_it_brings_one_that_writes_nothing(tmp_path: Path) -> None:
+    module = Quadratic(factor=20.0)
+    acting = StabilityActions("cap-lr", dry_run=False, edge_target=0.8)
+    acting._own_host._engine.schedule.every_n_steps = 5  # the runs here are too short for a budget of time
+    trainer = pl.Trainer(
+        max_steps=40,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[acting],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(1, 1)))
+    assert [row["action"] for row in acting.done] == ["cap-lr"]
+    assert module.used == pytest.approx([0.1] * 20 + [0.4] * 20, rel=0.02)
+    assert rows_of(tmp_path) == acting.done
+    assert {path.name for path in tmp_path.iterdir()} == {"eos_actions.jsonl"}
+
+
+def test_a_monitor_alone_has_no_means_of_changing_a_run() -> None:
+    """Nothing that a monitor holds puts factors on learning rates, keeps states to go back to, or stops a run."""
+    monitor = EdgeOfStabilityMonitor()
+    assert not {"actions", "release"} & set(dir(monitor))
+    seen, queue = set(), [monitor]
+    while queue:
+        value = queue.pop()
+        if id(value) not in seen and hasattr(value, "__dict__"):
+            seen.add(id(value))
+            assert not isinstance(value, (RateFactors, Snapshots, LrGovernor))
+            queue += [item for item in vars(value).values() if "eos_monitor" in type(item).__module__]
+    assert len(seen) > 8

@@ -14,7 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from eos_monitor import Probe, Solver, StabilityProbe, StabilityReading, Verdict, measure_stability
+from eos_monitor import (
+    Alert,
+    CFLMonitor,
+    EdgeOfStabilityMonitor,
+    PerturbationMonitor,
+    Probe,
+    Solver,
+    StabilityProbe,
+    StabilityReading,
+    Verdict,
+    measure_stability,
+)
 from eos_monitor.monitor.engine import Engine
 from eos_monitor.monitor.ranks import Ranks
 from eos_monitor.monitor.rows import append_jsonl
@@ -436,3 +447,157 @@ def test_processes_agree_on_being_ready(failures: float, full: float, ready: boo
     with pytest.warns(UserWarning, match="another process") if failures else nullcontext():
         assert engine.ready() is ready
     assert (engine.off is not None) is bool(failures)
+
+
+# What it has of the callback.
+
+
+def diverging(probe: StabilityProbe, losses: list[float]) -> None:
+    for loss in losses:
+        probe.step(stream()(), loss)
+
+
+def test_alerts_go_to_the_log_and_to_functions_and_a_failing_one_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[Alert] = []
+
+    def refuses(alert: Alert) -> None:
+        raise OSError("no line")
+
+    probe, net, sgd = probe_with(loss_fn, every_n_steps=1000, alerts=("log", refuses, heard.append))
+    with pytest.warns(UserWarning, match=r"an output \(sink\) failed.*no line") as caught:
+        diverging(probe, [1.0, 1.0, math.nan, 1.0])
+    assert len(caught) == 1
+    assert (heard[-1].step, heard[-1].verdict) == (2, Verdict.DIVERGING)
+    assert any("The loss is not finite, as of step 2" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("name", ["jsonl", "wandb"])
+def test_sinks_that_need_a_trainer_are_refused_with_the_remedy(name: str) -> None:
+    with pytest.raises(ValueError, match=r"plain loop.*Pass JSONLinesSink\(path\)"):
+        probe_with(loss_fn, alerts=("log", name))
+
+
+def test_advisory_and_report_are_those_of_the_run() -> None:
+    probe, net, sgd = probe_with(loss_fn, every_n_steps=100)
+    assert probe.advisory is None
+    train(net, [sgd], 3, probe)
+    assert probe.report().startswith("1 reading, at step 0.")
+    # Ten times the learning rate, from one step to the next, at an edge ratio where such jumps fail.
+    ratio = probe.readings[0].edge_ratio
+    assert ratio is not None
+    sgd.param_groups[0]["lr"] *= 20.0 / ratio
+    train(net, [sgd], 1, probe)
+    assert probe.advisory == "jump-risk"
+
+
+class Memory:
+    """An object that no sandbox copies."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+@pytest.mark.parametrize(("verify", "stops"), [("first", True), (False, False)])
+def test_a_loss_that_leaves_a_trace_is_named_and_measuring_stops(verify: Any, stops: bool) -> None:
+    net = seeded(Net)
+    net.memory = Memory()  # type: ignore[assignment]
+
+    def counts(module: Any, batch: Any) -> Tensor:
+        module.memory.calls += 1
+        return loss_fn(module, batch)
+
+    sgd = SGD(net.parameters(), lr=0.1)
+    probe = StabilityProbe(net, sgd, counts, every_n_steps=1, probe=Probe(samples=8), verify=verify)
+    with pytest.warns(UserWarning, match="memory.calls changed") if stops else nullcontext():
+        train(net, [sgd], 3, probe)
+    assert list(probe.off) == (["measuring"] if stops else [])
+
+
+class Wrapped:
+    """As Accelerate hands schedulers out: with the real one behind an attribute, and no `interval`."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    def step(self) -> None:
+        self.scheduler.step()
+
+    def get_last_lr(self) -> Any:
+        return self.scheduler.get_last_lr()
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, Wrapped, lambda s: Wrapped(Wrapped(s))], ids=["bare", "once", "twice"])
+def test_wrapped_schedulers_are_looked_ahead_like_bare_ones(wrap: Any) -> None:
+    net = seeded(Net)
+    sgd = SGD(net.parameters(), lr=0.1)
+    scheduler = wrap(torch.optim.lr_scheduler.StepLR(sgd, 1, gamma=0.5))
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, probe=Probe(samples=8), schedulers=[scheduler])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the scheduler is stepped without a step of the optimizer
+        for _ in range(3):
+            reading = probe.step(stream()())
+            assert reading is not None
+            # Gradient descent: the edge ratio is proportional to the learning rate, and that is halved.
+            assert reading.edge_ratio_next == pytest.approx(reading.edge_ratio / 2, rel=1e-6)
+            scheduler.step()
+    assert probe.off == {}
+
+
+class NotAScheduler:
+    """Has nothing that a look-ahead asks for."""
+
+
+@pytest.mark.parametrize("entry", [NotAScheduler(), None, 3])
+def test_nothing_raises_into_the_loop(entry: Any) -> None:
+    net = seeded(Net)
+    sgd = SGD(net.parameters(), lr=0.1)
+    probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, probe=Probe(samples=8), schedulers=[entry])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = train(net, [sgd], 6, probe)
+    assert sum(reading is not None for reading in found) == 6
+    assert all(reading.edge_ratio_next is None for reading in probe.readings)
+
+
+def test_a_failure_of_its_own_is_told_and_the_loop_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise ArithmeticError("on purpose")
+
+    monkeypatch.setattr(Engine, "due", fails)
+    probe, net, sgd = probe_with(loss_fn)
+    with pytest.warns(UserWarning, match="watching the loop.*ArithmeticError: on purpose") as caught:
+        assert train(net, [sgd], 8, probe) == [None] * 8
+    assert len(caught) == 2
+    assert "watching the loop" in probe.off
+
+
+def test_state_of_another_run_is_told_and_its_verdict_dropped() -> None:
+    probe, net, sgd = probe_with(loss_fn, every_n_steps=1000, alerts=())
+    diverging(probe, [1.0, math.nan])
+    state = json.loads(json.dumps(probe.state_dict()))
+    other = seeded(lambda: nn.Linear(4, 3))
+    resumed = StabilityProbe(other, AdamW(other.parameters()), loss_fn, alerts=())
+    with pytest.warns(UserWarning, match=r"trained \[\['SGD', 83\]\].*\[\['AdamW', 15\]\]; its verdict starts afresh"):
+        resumed.load_state_dict(state)
+    assert resumed.verdict is Verdict.WARMING_UP
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("probe_samples", r"probe=Probe\(samples=...\)"),
+        ("full_batch", r"probe=Probe\(full_batch=...\)"),
+        ("batch_size_fn", r"probe=Probe\(batch_size_fn=...\)"),
+        ("rtol", r"solver=Solver\(rtol=...\)"),
+        ("seed", r"solver=Solver\(seed=...\)"),
+        ("actions", r"StabilityActions\(...\)"),
+    ],
+)
+@pytest.mark.parametrize("cls", [StabilityProbe, EdgeOfStabilityMonitor, CFLMonitor, PerturbationMonitor])
+def test_arguments_of_earlier_versions_say_where_they_went(cls: Any, name: str, place: str) -> None:
+    net = Net()
+    first = (net, SGD(net.parameters(), lr=0.1), loss_fn) if cls is StabilityProbe else ()
+    with pytest.raises(TypeError, match=f"Expected no argument '{name}', got one: it is part of .*{place}"):
+        cls(*first, **{name: 1})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sample'"):
+        cls(*first, sample=1)
