@@ -21,8 +21,10 @@ class Classifier(LightningModule):
     def __init__(self, lr: float) -> None:
         super().__init__()
         self.lr = lr
-        self.conv1, self.conv2 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 12, 3, stride=2, padding=1)
-        self.conv3, self.head = nn.Conv2d(12, 12, 3, padding=1), nn.Linear(12 * 16, 10)
+        self.conv1 = nn.Conv2d(1, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.conv3 = nn.Conv2d(12, 12, 3, padding=1)
+        self.head = nn.Linear(12 * 16, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits of a batch of images."""

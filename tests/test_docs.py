@@ -30,20 +30,28 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / link).exists(), f"{page.name} -> {link}"
 
 
-@pytest.mark.filterwarnings("ignore:.*`lr_scheduler.step.*")
-def test_code_of_the_quickstart_runs(tmp_path: Path, monkeypatch: Any) -> None:
-    """Block after block, in a namespace that holds what the page calls yours."""
+def blocks_of(page: Path, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.S | re.M)
+
+
+@pytest.fixture
+def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What pages call yours, small, in a folder of its own."""
     import pytorch_lightning as pl
 
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    x, y = torch.randn(64, 4), torch.randint(3, (64,))
+    x, y = torch.randn(64, 1, 6, 6), torch.randint(3, (64,))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=32)
+
+    def make_net() -> torch.nn.Sequential:
+        nn = torch.nn
+        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3))
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.net = torch.nn.Linear(4, 3)
+            self.net = make_net()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.net(x)
@@ -57,24 +65,61 @@ def test_code_of_the_quickstart_runs(tmp_path: Path, monkeypatch: Any) -> None:
     class MyOptimizer(torch.optim.SGD):
         pass
 
-    net = torch.nn.Linear(4, 3)
-    space: dict[str, Any] = {
+    net = make_net()
+    return {
         "torch": torch,
         "module": Module(),
         "train_loader": loader,
         "net": net,
+        "loss_fn": lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]),
         "batches": list(loader),
         "optimizer": torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),
         "MyOptimizer": MyOptimizer,
     }
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 6
-    for block in blocks:
+
+
+def run_page(page: Path, space: dict[str, Any]) -> None:
+    """Run block after block."""
+    for block in blocks_of(page):
         exec(block.replace("max_epochs=30", "max_epochs=2, accelerator='cpu'"), space)
+
+
+# Pages whose code has a test of its own, which looks at what comes out.
+LOOKED_AT = {
+    "quickstart.md": "tests/test_docs.py",
+    "thresholds.md": "tests/test_docs.py",
+    "cfl.md": "tests/cfl/test_docs_cfl.py",
+    "optimizers.md": "tests/optim/test_optimizers_page.py",
+}
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks_of(page) and page.name not in LOOKED_AT], ids=lambda page: page.name
+)
+def test_code_of_the_page_runs(page: Path, space: dict[str, Any]) -> None:
+    run_page(page, space)
+
+
+def test_every_block_is_run_or_is_no_code() -> None:
+    for page in PAGES:
+        fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.M)
+        assert set(fences[1::2]) <= {""}, page.name
+        yaml = {"yaml"} if page.name == "quickstart.md" else set()  # run in tests/callbacks/test_lightning_cli.py
+        assert set(fences[::2]) <= {"python", "text", ""} | yaml, page.name
+        assert fences[::2].count("python") == len(blocks_of(page)), page.name
+    for name, test in LOOKED_AT.items():
+        assert name in (ROOT / test).read_text(encoding="utf-8")
+
+
+def test_code_of_the_quickstart_runs(space: dict[str, Any]) -> None:
+    page = ROOT / "docs" / "quickstart.md"
+    assert len(blocks_of(page)) == 6
+    del space["loss_fn"]  # the page has one
+    run_page(page, space)
     assert space["monitor"].readings == []  # the second block makes a new one
     assert space["reading"].edge_ratio > 0
     assert len(space["spectrum"].eigenvalues) == 4
-    mine = eos_monitor.critical_curvature(MyOptimizer(net.parameters(), lr=0.1))
+    mine = eos_monitor.critical_curvature(space["MyOptimizer"](space["net"].parameters(), lr=0.1))
     assert mine.c is not None
     assert torch.allclose(mine.c, torch.tensor(20.0))
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from torch import Tensor
-
 from eos_monitor.callbacks.attached_monitor import AttachedMonitor
+from eos_monitor.callbacks.losses import GivenLoss
 from eos_monitor.callbacks.observer import WatchedFit
 from eos_monitor.callbacks.reading_context import ReadingContext
 from eos_monitor.cfl.capture import NoLayerError, layer_names
@@ -95,7 +94,7 @@ class CFLMonitor(AttachedMonitor):
         paper_bound: bool = False,
         every_n_steps: int | None = None,
         max_overhead: float = 0.05,
-        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        loss_fn: GivenLoss | None = None,
         probe: Probe | str | Iterable[Any] = "fixed",
         solver: Solver | None = None,
         verify: Literal["first", "always", False] = "first",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from eos_monitor.alerts.sinks import Sink
 from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.callbacks._compat import Callback
-from eos_monitor.callbacks.losses import MeasuredLoss, resolve_loss
+from eos_monitor.callbacks.losses import GivenLoss, MeasuredLoss, resolve_loss
 from eos_monitor.callbacks.monitor_settings import MonitorSettings
 from eos_monitor.callbacks.monitored_fit import WATCHING, MonitoredFit
 from eos_monitor.callbacks.observer import Observer, Observers
@@ -107,7 +107,7 @@ class EdgeOfStabilityMonitor(Callback):
         every_n_steps: int | None = None,
         max_overhead: float = 0.05,
         *,
-        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        loss_fn: GivenLoss | None = None,
         probe: Probe | str | Iterable[Any] = "fixed",
         solver: Solver | None = None,
         alerts: Sequence[str | Sink] = ("log",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from eos_monitor.callbacks._compat import MisconfigurationException
 from eos_monitor.isolation.sandbox import LossFn
+
+# What users pass. Any, not Tensor: LightningCLI would refuse a function that does not say what it returns.
+GivenLoss = Callable[[Any, Any], Any]
 
 
 class _TrainingStepLoss:
@@ -39,7 +42,7 @@ class MeasuredLoss:
     name: str
 
 
-def resolve_loss(loss_fn: LossFn | None, pl_module: Any) -> MeasuredLoss:
+def resolve_loss(loss_fn: GivenLoss | None, pl_module: Any) -> MeasuredLoss:
     """Return the loss that is to be measured.
 
     Raises:

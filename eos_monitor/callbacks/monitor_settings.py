@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
 
 from eos_monitor.alerts.sinks import Sink, check_alerts
+from eos_monitor.callbacks.losses import GivenLoss
 from eos_monitor.monitor.verification import check_verify
 from eos_monitor.readings.settings import Probe, Solver
 
@@ -26,7 +24,7 @@ class MonitorSettings:
 
     every_n_steps: int | None
     max_overhead: float
-    loss_fn: Callable[[Any, Any], Tensor] | None
+    loss_fn: GivenLoss | None
     probe: Probe
     solver: Solver
     alerts: Sequence[str | Sink]

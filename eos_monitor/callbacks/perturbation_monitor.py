@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
 from torch import Tensor
 
 from eos_monitor.callbacks.attached_monitor import AttachedMonitor
+from eos_monitor.callbacks.losses import GivenLoss
 from eos_monitor.callbacks.observer import WatchedFit
 from eos_monitor.callbacks.reading_context import ReadingContext
 from eos_monitor.forecast.lookahead import Settings
@@ -81,7 +82,7 @@ class PerturbationMonitor(AttachedMonitor):
         k: float = 3.0,
         every_n_steps: int | None = None,
         max_overhead: float = 0.05,
-        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        loss_fn: GivenLoss | None = None,
         probe: Probe | str | Iterable[Any] = "fixed",
         solver: Solver | None = None,
         enabled: bool = True,
