@@ -13,7 +13,7 @@ class PendingReading:
 
     Attributes:
         measurement: The measurement.
-        beside_seconds: What observers took on the same occasion.
+        beside_seconds: What observers took beside it.
         carried: It at the settings of the step; None before the update.
     """
 

@@ -123,7 +123,7 @@ class TrainerGauge:
                 ahead=ahead,
             )
         )
-        # Around every reading the time is that of the whole occasion already.
+        # Around every reading the time is already that of all of it.
         return 0.0 if self._settings.verify == "always" else time.perf_counter() - began
 
     def _fingerprint(self) -> Fingerprint:

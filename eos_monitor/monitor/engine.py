@@ -222,7 +222,7 @@ class Engine:
 
         Args:
             reading: The reading.
-            also_spent: Seconds that were spent on the same occasion beside it.
+            also_spent: Seconds that observers took beside it.
         """
         self.readings.append(reading)
         if reading.ready and self.off is None:
