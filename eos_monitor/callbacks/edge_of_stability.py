@@ -228,9 +228,9 @@ class EdgeOfStabilityMonitor(Callback):
         # Here, because all processes have to come by: nothing below may be waited for by another one.
         ranks = ranks_of(trainer)
         folder = log_folder(trainer)
-        self._engine.share(ranks)
 
         try:
+            self._engine.share(ranks)
             self._fit = MonitoredFit(
                 trainer,
                 pl_module,

@@ -79,7 +79,9 @@ class StepBuffer:
         self._guard = Guard() if guard is None else guard
         self._params = list(params)
         self._seed = seed
-        self._projector = UpdateProjector(params, seed) if movements is not False and params else None
+        # It may want more memory than there is; the losses are worth a verdict all the same.
+        wanted = movements is not False and bool(params)
+        self._projector = self._attempt(lambda: UpdateProjector(params, seed)) if wanted else None
         self._on_trial = movements is None
         self._max_overhead = max_overhead
         self._cheap = processes == 1 and all(p.device.type == "cpu" for p in params)

@@ -188,7 +188,7 @@ def run(namespace: str, case: Case, folder: Any, make_callback: Callable[[Any], 
         module, callback = make_module(pl, case), make_callback(pl)
         trainer = trainer_for(callback, logger, max_epochs=4)
         trainer.fit(module, loader(), validation, ckpt_path=path)
-    ours = [row for row in logger.rows if any(key.startswith(("eos/", "cfl/")) for key in row[1])]
+    ours = [row for row in logger.rows if any(key.startswith(("eos/", "cfl/", "perturbation/")) for key in row[1])]
     return {
         "callback": callback,
         "ours": ours,
