@@ -61,6 +61,8 @@ class StabilityActions(AttachedMonitor):
         True
     """
 
+    _writes = "actions"
+
     # Of one fit: set by _start_afresh.
     _governor: LrGovernor
     _snapshots: Snapshots

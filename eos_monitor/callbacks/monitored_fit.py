@@ -96,7 +96,7 @@ class MonitoredFit:
         engine: Takes the readings.
         throttle: Decides which alerts go out.
         observers: What goes along.
-        owner: The monitor; it is no part of the run that is verified.
+        owner: The monitor, which knows its name; it is no part of the run that is verified.
 
     Attributes:
         losses: Training losses by step, for the figure.
@@ -133,6 +133,7 @@ class MonitoredFit:
         self._outputs = RunOutputs(
             trainer, folder, settings.name, settings.alerts, engine.guard, throttle, silent=settings.silent
         )
+        owner.tell_name(self._outputs.say)
         self._outputs.layout()
         engine.changed = self._announce
         self._gauge = TrainerGauge(

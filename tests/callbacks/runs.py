@@ -6,6 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,12 @@ class Case:
     readings: int | None = None  # with an edge ratio; None: at least two
     warns: bool = False
     slow: bool = False
+
+
+def logs_of(folder: Path) -> Path:
+    """Where the last fit without a logger wrote to."""
+    versions = (folder / "eos_logs").glob("version_*")
+    return max(versions, key=lambda path: int(path.name.removeprefix("version_")), default=folder)
 
 
 def make_module(pl: Any, case: Case) -> Any:

@@ -20,7 +20,7 @@ from eos_monitor.callbacks.rate_factors import RateFactors
 from eos_monitor.callbacks.snapshots import Snapshot, Snapshots
 from eos_monitor.forecast.lr_governor import LrGovernor
 from eos_monitor.monitor.rows import append_jsonl
-from tests.callbacks.runs import NAMESPACES, Case, differences, mlp, run
+from tests.callbacks.runs import NAMESPACES, Case, differences, logs_of, mlp, run
 
 ALL = ("stop", "checkpoint", "cap-lr", "restore")
 SHARP = 4.0  # largest curvature of the quadratic: gradient descent has its edge at lr 0.5
@@ -75,7 +75,7 @@ def fit(folder: Path, module: Any, steps: int = 40, ckpt_path: Any = None, train
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "eos_actions.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (logs_of(folder) / "eos_actions.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------- the cap
@@ -536,8 +536,8 @@ def test_restore_goes_back_and_on_at_a_lower_rate(tmp_path: Path) -> None:
     n = 120 - at
     assert module.x.detach().abs().tolist() == pytest.approx([0.2**n, 0.7**n], rel=1e-6)
     assert monitor.verdict is not Verdict.DIVERGING
-    assert [path.name for path in tmp_path.glob("*.ckpt")] == [f"eos_diverging_step{at}.ckpt"]
-    state = torch.load(next(tmp_path.glob("*.ckpt")), weights_only=False)
+    assert [path.name for path in tmp_path.rglob("*.ckpt")] == [f"eos_diverging_step{at}.ckpt"]
+    state = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=False)
     assert state["global_step"] == at
 
 
@@ -585,7 +585,7 @@ def test_without_a_monitor_it_brings_one_that_writes_nothing(tmp_path: Path) -> 
     assert [row["action"] for row in acting.done] == ["cap-lr"]
     assert module.used == pytest.approx([0.1] * 20 + [0.4] * 20, rel=0.02)
     assert rows_of(tmp_path) == acting.done
-    assert {path.name for path in tmp_path.iterdir()} == {"eos_actions.jsonl"}
+    assert {path.name for path in logs_of(tmp_path).iterdir()} == {"eos_actions.jsonl"}
 
 
 def test_a_monitor_alone_has_no_means_of_changing_a_run() -> None:
