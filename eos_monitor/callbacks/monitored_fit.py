@@ -22,6 +22,7 @@ from eos_monitor.callbacks.pending_reading import PendingReading
 from eos_monitor.callbacks.schedulers import TrainerSchedulers
 from eos_monitor.callbacks.trainer_gauge import TrainerGauge, first_double_backward
 from eos_monitor.callbacks.wording import describe_optimizers, describe_start, edge_metrics, group_names
+from eos_monitor.dashboard.loss_curve import LossCurve
 from eos_monitor.forecast.lookahead import edge_ratio_at
 from eos_monitor.forecast.tracked_reading import TrackedReading
 from eos_monitor.isolation.twin import trained_parameters
@@ -36,7 +37,6 @@ from eos_monitor.verdicts.steps import StepBuffer
 WATCHING = "watching this fit"
 _CARRYING = "carrying a reading to the settings of its step"
 _BUFFERED = 16  # steps that are judged together where the budget sets the cadence
-_LOSS_POINTS = 4000  # kept for the figure; thinned out beyond
 _Hook = TypeVar("_Hook", bound=Callable[..., None])
 
 
@@ -99,7 +99,6 @@ class MonitoredFit:
         owner: The monitor, which knows its name; it is no part of the run that is verified.
 
     Attributes:
-        losses: Training losses by step, for the figure.
         active: Whether the fit is watched.
     """
 
@@ -117,7 +116,6 @@ class MonitoredFit:
         owner: Any,
     ) -> None:
         self.engine = engine
-        self.losses: list[tuple[int, float]] = []
         self.active = True
         self._trainer = trainer
         self._module = pl_module
@@ -125,6 +123,7 @@ class MonitoredFit:
         self._settings = settings
         self._observers = Observers(observers)
         self._tracked = TrackedReading(None)
+        self._losses = LossCurve()  # for the figure
         self._window: _Window | None = None
         self._pending: PendingReading | None = None
         self._introduced = False
@@ -361,9 +360,7 @@ class MonitoredFit:
     def _add_step(self, step: int, **inputs: Any) -> None:
         loss = inputs.get("loss")
         if loss is not None and math.isfinite(loss):
-            self.losses.append((step, loss))
-            if len(self.losses) > _LOSS_POINTS:
-                self.losses = self.losses[::2]
+            self._losses.add(step, loss)
         self.engine.add_step(step, **inputs)
 
     # ------------------------------------------------------------------ what follows from them
@@ -379,7 +376,7 @@ class MonitoredFit:
         engine.ranks = Ranks()
         engine.schedule.end()
         self._observers.each(lambda observer: observer.finish(step))
-        self._outputs.finish(engine, step, self.losses, self._title)
+        self._outputs.finish(engine, step, self._losses.points, self._title)
 
 
 def _step(trainer: Any) -> int:
