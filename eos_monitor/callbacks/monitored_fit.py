@@ -21,7 +21,7 @@ from eos_monitor.callbacks.outputs import RunOutputs
 from eos_monitor.callbacks.pending_reading import PendingReading
 from eos_monitor.callbacks.schedulers import TrainerSchedulers
 from eos_monitor.callbacks.trainer_gauge import TrainerGauge, first_double_backward
-from eos_monitor.callbacks.wording import describe_optimizers, describe_start, edge_metrics, group_names
+from eos_monitor.callbacks.wording import describe_optimizers, describe_stale, describe_start, edge_metrics, group_names
 from eos_monitor.dashboard.loss_curve import LossCurve
 from eos_monitor.forecast.lookahead import edge_ratio_at
 from eos_monitor.forecast.tracked_reading import TrackedReading
@@ -127,6 +127,7 @@ class MonitoredFit:
         self._window: _Window | None = None
         self._pending: PendingReading | None = None
         self._introduced = False
+        self._told_stale = False
         self._ending = False  # no row can be logged by the module any more
         self._title = describe_optimizers(trainer.optimizers)
         self._outputs = RunOutputs(
@@ -260,6 +261,12 @@ class MonitoredFit:
         settings = self._observers.ahead(self._schedulers.after(1, window.batch_idx))
         with self._observers.in_effect():
             reading = measurement.at(optimizers)
+            if reading.stale and not measurement.reading.stale:
+                why = describe_stale(measurement.reading, optimizers)
+                reading = replace(reading, notes=(*reading.notes, why))
+                if not self._told_stale:
+                    self._told_stale = True
+                    self._outputs.say(f"step {reading.step}: the reading does not move the verdict. {why}")
             self._observers.each(lambda observer: observer.settle(optimizers))
             return replace(
                 reading,

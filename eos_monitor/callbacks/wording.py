@@ -72,6 +72,26 @@ def describe_threshold(reading: StabilityReading) -> str:
     return "no threshold: " + ("; ".join(reading.notes) or "unknown")
 
 
+def describe_stale(reading: StabilityReading, optimizers: Sequence[Any]) -> str:
+    """Return why a reading is not one of its step's settings, in words.
+
+    Args:
+        reading: As it was measured.
+        optimizers: With the settings of the step.
+    """
+    now = learning_rates(optimizers)
+
+    def told(rates: Sequence[float]) -> str:
+        return ", ".join(f"{rate:.3g}" for rate in rates) or "none"
+
+    moved = (
+        f"the learning rates went from {told(reading.lr)} to {told(now)}, not by one common factor"
+        if now != reading.lr
+        else "the optimizers' settings changed (momentum, betas, weight decay, parameters)"
+    )
+    return f"stale: after it was measured and before the step {moved}; set before the batch, it is measured"
+
+
 def describe_start(engine: Engine, reading: StabilityReading, loss: str) -> str:
     """Return what is measured, on what, and how often, in words.
 

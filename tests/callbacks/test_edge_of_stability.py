@@ -592,3 +592,40 @@ def test_the_users_own_layout_and_ours_are_both_shown(when: str, tmp_path: Path)
         wanted = custom_scalars_layout(name)[title]
         assert [chart["title"] for chart in charts[title]] == list(wanted)
         assert charts[title][0]["multiline"]["tag"] == wanted[charts[title][0]["title"]][1]
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "together"])
+def test_why_a_reading_is_stale_is_told_once_and_kept(apart: bool, tmp_path: Path, caplog: Any) -> None:
+    """Rates that are set inside the step: by one factor the reading follows them, apart it says which they were."""
+
+    class Sets(Net):
+        def configure_optimizers(self) -> Any:
+            other = self.other = nn.Parameter(torch.zeros(1))
+            groups = [{"params": self.net.parameters(), "lr": 0.1}, {"params": [other], "lr": 0.2}]
+            return torch.optim.SGD(groups)
+
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+            step = self.trainer.global_step
+            first, second = optimizer.param_groups
+            first["lr"] = 0.1 / 2 ** (step + 1)
+            second["lr"] = 0.2 / (3 if apart else 2) ** (step + 1)
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch, batch_idx) + self.other.square().sum()
+
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1)
+    with caplog.at_level(logging.INFO):
+        fit(Sets(), monitor, tmp_path)
+    stepped = monitor.readings[:4]
+    assert [reading.stale for reading in stepped] == [apart] * 4
+    told = [record.getMessage() for record in caplog.records if "not move the verdict" in record.getMessage()]
+    if apart:
+        assert len(told) == 1
+        assert "from 0.1, 0.2 to 0.05, 0.0667" in told[0]
+        assert "from 0.05, 0.0667 to 0.025, 0.0222" in stepped[1].notes[-1]
+    else:
+        assert told == []
+        assert [reading.edge_ratio for reading in stepped] == pytest.approx(
+            [9.0 * 0.1 / 2 ** (step + 1) / 2 for step in range(4)], rel=1e-4
+        )
