@@ -155,6 +155,11 @@ class MonitoredFit:
         self._steps = self._step_buffer()
         engine.schedule.begin(_step(trainer))
 
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """Training losses by step, thinned out in long runs."""
+        return self._losses.points
+
     # ------------------------------------------------------------------ hooks
 
     @_hook
@@ -383,7 +388,7 @@ class MonitoredFit:
         engine.ranks = Ranks()
         engine.schedule.end()
         self._observers.each(lambda observer: observer.finish(step))
-        self._outputs.finish(engine, step, self._losses.points, self._title)
+        self._outputs.finish(engine, step, self.losses, self._title)
 
 
 def _step(trainer: Any) -> int:
