@@ -194,9 +194,9 @@ def test_exact_list_of_steps_and_keys(namespace: str, tmp_path: Path) -> None:
     keys = {f"cfl/net.{layer}/{key}" for layer in (0, 3) for key in ("number", "lr_max", "crossings")}
     keys |= {f"cfl/net.0/{key}" for key in ("activated", "transitioning", "not_activated")}
     assert [(step, set(metrics)) for step, metrics in monitored["ours"]] == [(0, keys), (3, keys), (6, keys)]
-    folder = tmp_path / "run"
+    folder = tmp_path / "run" / "rows" / "version_0"  # name and version of the logger
     assert [row["step"] for row in rows_of(folder)] == [0, 3, 6]
-    assert {path.name for path in logs_of(folder).iterdir()} == {"cfl_readings.jsonl", "cfl_layers.png"}
+    assert {path.name for path in folder.iterdir()} == {"cfl_readings.jsonl", "cfl_layers.png"}
 
 
 def test_tensorboard_gets_numbers_and_heat_map(tmp_path: Path) -> None:
@@ -756,4 +756,4 @@ def test_the_first_of_two_processes_measures_and_writes(fault: str, tmp_path: Pa
     assert found[0]["steps"] == (found[0]["readings"] if fault == "none" else [])
     assert sorted(found[0]["layers"]) == (["net.0", "net.3"] if fault == "none" else [])
     assert (found[1]["steps"], found[1]["layers"]) == ([], [])
-    assert (logs_of(tmp_path / "with") / "cfl_layers.png").exists() == (fault == "none")
+    assert (tmp_path / "with" / "rows" / "version_0" / "cfl_layers.png").exists() == (fault == "none")
