@@ -158,7 +158,7 @@ real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == {missing!r} else real(name, *a)
 from eos_monitor import EdgeOfStabilityMonitor
 EdgeOfStabilityMonitor()
-bases = [b.__module__.split('.')[0] for b in EdgeOfStabilityMonitor.__mro__[2:-1]]
+bases = [b.__module__.split('.')[0] for b in EdgeOfStabilityMonitor.__mro__[3:-1]]
 print(sorted(set(bases)), {missing!r} in sys.modules)
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)

@@ -192,15 +192,21 @@ class AppriseSink:
 
 
 class LogSink:
-    """Pass alerts to a Python logger."""
+    """Pass alerts to a Python logger.
 
-    def __init__(self, logger: logging.Logger) -> None:
+    Args:
+        logger: The logger.
+        name: Of the monitor that they come from; None without one.
+    """
+
+    def __init__(self, logger: logging.Logger, name: str | None = None) -> None:
         self._logger = logger
+        self._speaker = "eos_monitor" if name is None else f"eos_monitor [{name}]"
 
     def __call__(self, alert: Alert) -> None:
         """Log ``alert``, as a warning from EDGE on."""
         level = logging.WARNING if alert.verdict >= Verdict.EDGE else logging.INFO
-        self._logger.log(level, "eos_monitor: %s", alert.message)
+        self._logger.log(level, "%s: %s", self._speaker, alert.message)
 
 
 def check_alerts(alerts: Sequence[str | Sink]) -> None:
@@ -218,7 +224,11 @@ def _slack(alert: Alert) -> dict[str, str]:
 
 
 def sinks_of(
-    alerts: Sequence[str | Sink], logger: logging.Logger, folder: Path | None, wandb: Sequence[Any]
+    alerts: Sequence[str | Sink],
+    logger: logging.Logger,
+    folder: Path | None,
+    wandb: Sequence[Any],
+    name: str | None = None,
 ) -> list[Sink]:
     """Resolve a checked ``alerts=`` argument.
 
@@ -227,10 +237,11 @@ def sinks_of(
         logger: Where ``"log"`` goes.
         folder: Folder of the file that ``"jsonl"`` writes; None for none.
         wandb: Weights & Biases runs, to which ``"wandb"`` goes.
+        name: Of the monitor that they come from.
     """
     named: dict[str, list[Sink]] = {
-        "log": [LogSink(logger)],
-        "jsonl": [] if folder is None else [JSONLinesSink(folder / "eos_alerts.jsonl")],
+        "log": [LogSink(logger, name)],
+        "jsonl": [] if folder is None else [JSONLinesSink(folder / f"{name or 'eos'}_alerts.jsonl")],
         "wandb": [_wandb_sink(run) for run in wandb],
     }
     return [sink for alert in alerts for sink in (named[alert] if isinstance(alert, str) else [alert])]

@@ -10,7 +10,7 @@ from eos_monitor.alerts.alert import Alert
 from eos_monitor.callbacks.attached_monitor import AttachedMonitor
 from eos_monitor.callbacks.observer import WatchedFit
 from eos_monitor.callbacks.outputs import RunOutputs
-from eos_monitor.callbacks.rate_factors import RateFactors
+from eos_monitor.callbacks.rate_factors import RateFactors, places_of
 from eos_monitor.callbacks.snapshots import Snapshot, Snapshots
 from eos_monitor.callbacks.wording import group_names
 from eos_monitor.forecast.lookahead import Settings
@@ -60,6 +60,8 @@ class StabilityActions(AttachedMonitor):
         >>> StabilityActions("cap-lr", "restore").names == StabilityActions(["restore", "cap-lr"]).names
         True
     """
+
+    _writes = "actions"
 
     # Of one fit: set by _start_afresh.
     _governor: LrGovernor
@@ -198,7 +200,7 @@ class StabilityActions(AttachedMonitor):
         detector = fit.engine.detector
         out = detector.out_since is not None or fit.engine.verdict is Verdict.DIVERGING
         if not out and self._snapshots.due(step):
-            beside = (detector.state_dict(), tracked, self._governor.caps)
+            beside = (detector.state_dict(), tracked, self._governor.caps_by_place)
             self.guard.run(
                 _ACTING,
                 lambda: self._snapshots.keep(Snapshot.of(step, fit.pl_module, fit.trainer.optimizers, beside)),
@@ -212,6 +214,12 @@ class StabilityActions(AttachedMonitor):
 
     def before_update(self, step: int, tracked: TrackedReading) -> None:
         """Decide on the learning rates of the update of ``step``; once a step."""
+        if self._rates.missed and _ACTING not in self.guard.off:
+            self._rates.factors = ()
+            why = (
+                "Expected each step of an optimizer to be announced by on_before_optimizer_step, got one that was not: "
+            )
+            self.guard.turn_off(_ACTING, why + "it used the schedule's learning rate, whatever was said before.")
         fit = self._acting
         if fit is not None and self.names & {"cap-lr", "restore"}:
             self.guard.run(_ACTING, lambda: self._govern(fit, step, tracked), together=True)
@@ -251,7 +259,7 @@ class StabilityActions(AttachedMonitor):
             plain = self._governor.ratio(rates)
             exact = tracked.edge_ratio(optimizers)
             correction = 1.0 if exact is None or plain is None else exact / plain
-            cap = self._governor.decide(step, rates, correction)
+            cap = self._governor.decide(step, rates, correction, places_of(optimizers))
             if cap is not None:
                 words = self._words(fit, cap)
                 self._tell(fit, step, "cap-lr", words, lr=cap.before, to=cap.after, edge_ratio=cap.ratio)
@@ -322,7 +330,7 @@ class StabilityActions(AttachedMonitor):
         engine.detector.load_state_dict(detector)
         engine.verdicts.append((step, engine.verdict))
         self._governor.measured(restored.measurement, optimizers)
-        cap = self._governor.lower(step, learning_rates(optimizers), caps)
+        cap = self._governor.lower(step, learning_rates(optimizers), caps, places_of(optimizers))
         self._use_factors()
         self._tell(
             fit,

@@ -10,13 +10,13 @@ from torch import nn
 from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.callbacks._compat import Callback
 from eos_monitor.callbacks.edge_of_stability import EdgeOfStabilityMonitor
-from eos_monitor.callbacks.monitor_settings import check_name
+from eos_monitor.callbacks.names import Named, settle_names
 from eos_monitor.callbacks.observer import Observer, WatchedFit
 from eos_monitor.callbacks.outputs import RunOutputs
 from eos_monitor.readings.guard import Guard
 
 
-class AttachedMonitor(Callback, Observer):
+class AttachedMonitor(Named, Callback, Observer):
     """Base of the callbacks that go along with an EdgeOfStabilityMonitor: one probe, one schedule, one budget.
 
     Without an enabled one among the Trainer's callbacks, it brings one that writes nothing.
@@ -32,9 +32,7 @@ class AttachedMonitor(Callback, Observer):
     _run_id: str
 
     def __init__(self, *, name: str, enabled: bool, settings: dict[str, Any]) -> None:
-        super().__init__()
-        check_name(name)
-        self.name = name
+        super().__init__(name)
         self.guard = Guard()
         self._enabled = enabled
         self._own_host = _SilentMonitor(**settings, enabled=enabled, alerts=())
@@ -50,6 +48,7 @@ class AttachedMonitor(Callback, Observer):
         self.guard = Guard()
         self.guard.alone = fit.engine.guard.alone
         self._outputs = RunOutputs(fit.trainer, fit.outputs.shared_folder, self.name, (), self.guard, Throttle())
+        self.tell_name(self._outputs.say)
         self._run_id = uuid.uuid4().hex[:12]
 
     def turn_off(self, why: str) -> None:
@@ -66,6 +65,7 @@ class AttachedMonitor(Callback, Observer):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the host, or bring it."""
+        settle_names(trainer.callbacks)
         if stage != "fit" or not self._enabled:
             return
         attached = [c for c in trainer.callbacks if isinstance(c, EdgeOfStabilityMonitor) and c.enabled]
@@ -111,11 +111,6 @@ class AttachedMonitor(Callback, Observer):
         """Pass on to the host that was brought along."""
         if self._host is not None:
             self._host.on_exception(trainer, pl_module, exception)
-
-    @property
-    def state_key(self) -> str:
-        """Key of this monitor's state in a checkpoint."""
-        return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain Python values."""

@@ -14,7 +14,7 @@ from eos_monitor.callbacks.reading_context import ReadingContext
 from eos_monitor.cfl.capture import NoLayerError, layer_names
 from eos_monitor.cfl.estimate import CFLEstimate
 from eos_monitor.cfl.tiers import CFLGauge
-from eos_monitor.dashboard.layers import layers_table
+from eos_monitor.dashboard.layers import has_something_to_draw, layers_table, run_sentence
 from eos_monitor.limits.thresholds import critical_curvature, learning_rates
 from eos_monitor.readings.reading import Measurement, common_factor
 from eos_monitor.readings.settings import Probe, Solver, names_moved_arguments
@@ -240,11 +240,8 @@ class CFLMonitor(AttachedMonitor):
         self._tell()
         if not self._rows:
             return
-        path = self._outputs.layers_figure(self._rows)
-        crossed = [f"{layer} {n} time{'s' * (n > 1)}" for layer, n in self._crossings.items() if n]
-        told = (
-            f"layers that crossed their own limits: {', '.join(crossed)}" if crossed else "no layer crossed its limit"
-        )
+        path = self._outputs.layers_figure(self._rows) if has_something_to_draw(self._rows) else None
+        told = run_sentence(self._rows, self._crossings)
         self._outputs.say(f"{len(self._rows)} layer-wise readings; {told}." + (f" Heat map: {path}" if path else ""))
 
     # ------------------------------------------------------------------ inside

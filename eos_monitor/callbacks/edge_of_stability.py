@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -11,11 +12,12 @@ from torch import Tensor
 from eos_monitor.alerts.sinks import Sink
 from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.callbacks._compat import Callback
+from eos_monitor.callbacks.folders import forget_folder, run_folder
 from eos_monitor.callbacks.losses import GivenLoss, MeasuredLoss, resolve_loss
 from eos_monitor.callbacks.monitor_settings import MonitorSettings
 from eos_monitor.callbacks.monitored_fit import WATCHING, MonitoredFit
+from eos_monitor.callbacks.names import Named, settle_names
 from eos_monitor.callbacks.observer import Observer, Observers
-from eos_monitor.callbacks.outputs import log_folder
 from eos_monitor.callbacks.strategy import ranks_of, unsupported
 from eos_monitor.monitor.engine import Engine
 from eos_monitor.readings.guard import MEASURING
@@ -24,7 +26,7 @@ from eos_monitor.readings.settings import Probe, Solver, names_moved_arguments
 from eos_monitor.verdicts.detector import Verdict
 
 
-class EdgeOfStabilityMonitor(Callback):
+class EdgeOfStabilityMonitor(Named, Callback):
     r"""Show, while a run goes on, how far its optimizer is from the edge of stability.
 
     One reading is the largest eigenvalue of C^-½ (H + W) C^-½ on a fixed probe of training data, with C the curvature
@@ -100,6 +102,7 @@ class EdgeOfStabilityMonitor(Callback):
     _loss: MeasuredLoss | None  # of a fit that is watched
     _fit: MonitoredFit | None
     _used: bool  # in a fit
+    _resumed: bool  # from a checkpoint
 
     @names_moved_arguments
     def __init__(
@@ -118,8 +121,7 @@ class EdgeOfStabilityMonitor(Callback):
         alert_cooldown: float = 60.0,
         projections: bool | None = None,
     ) -> None:
-        super().__init__()
-        self.name = name
+        super().__init__(name)
         self.enabled = enabled
         self.observers: list[Observer] = []  # what goes along with it through a fit
         self._settings = MonitorSettings(
@@ -150,6 +152,7 @@ class EdgeOfStabilityMonitor(Callback):
         self._loss = None
         self._fit = None
         self._used = False
+        self._resumed = False
 
     # ------------------------------------------------------------------ what users read
 
@@ -182,26 +185,30 @@ class EdgeOfStabilityMonitor(Callback):
         """Tell the run in a few sentences."""
         return self._engine.report()
 
-    @property
-    def state_key(self) -> str:
-        """Key of this monitor's state in a checkpoint."""
-        return self._generate_state_key(name=self.name)
-
     def state_dict(self) -> dict[str, Any]:
         """Return the detector's state, and what it was about, as plain Python values."""
         return self._engine.state_dict() | {"alerts": self._throttle.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned. The first reading after it is a cold one."""
+        self._resumed = True
         self._engine.load_state_dict(state_dict)
         self._throttle.load_state_dict(state_dict["alerts"])
 
     # ------------------------------------------------------------------ hooks
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Start afresh for a new fit."""
+        """Start afresh for a new fit, under a name that no other callback of the Trainer has."""
+        settle_names(trainer.callbacks)
+        if stage == "fit":
+            forget_folder(trainer)
         if stage == "fit" and self._used:
             self._start_afresh()
+
+    def take_name(self, name: str) -> None:
+        """Go by another name."""
+        super().take_name(name)
+        self._settings = replace(self._settings, name=name)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the configuration, before anything is trained.
@@ -227,10 +234,10 @@ class EdgeOfStabilityMonitor(Callback):
         self.observers = [observer for observer in self.observers if observer in trainer.callbacks]
         # Here, because all processes have to come by: nothing below may be waited for by another one.
         ranks = ranks_of(trainer)
-        folder = log_folder(trainer)
-        self._engine.share(ranks)
+        folder = run_folder(trainer, self._engine.guard, resumed=self._resumed)
 
         try:
+            self._engine.share(ranks)
             self._fit = MonitoredFit(
                 trainer,
                 pl_module,

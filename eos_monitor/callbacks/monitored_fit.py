@@ -21,7 +21,8 @@ from eos_monitor.callbacks.outputs import RunOutputs
 from eos_monitor.callbacks.pending_reading import PendingReading
 from eos_monitor.callbacks.schedulers import TrainerSchedulers
 from eos_monitor.callbacks.trainer_gauge import TrainerGauge, first_double_backward
-from eos_monitor.callbacks.wording import describe_optimizers, describe_start, edge_metrics, group_names
+from eos_monitor.callbacks.wording import describe_optimizers, describe_stale, describe_start, edge_metrics, group_names
+from eos_monitor.dashboard.loss_curve import LossCurve
 from eos_monitor.forecast.lookahead import edge_ratio_at
 from eos_monitor.forecast.tracked_reading import TrackedReading
 from eos_monitor.isolation.twin import trained_parameters
@@ -36,7 +37,6 @@ from eos_monitor.verdicts.steps import StepBuffer
 WATCHING = "watching this fit"
 _CARRYING = "carrying a reading to the settings of its step"
 _BUFFERED = 16  # steps that are judged together where the budget sets the cadence
-_LOSS_POINTS = 4000  # kept for the figure; thinned out beyond
 _Hook = TypeVar("_Hook", bound=Callable[..., None])
 
 
@@ -96,10 +96,9 @@ class MonitoredFit:
         engine: Takes the readings.
         throttle: Decides which alerts go out.
         observers: What goes along.
-        owner: The monitor; it is no part of the run that is verified.
+        owner: The monitor, which knows its name; it is no part of the run that is verified.
 
     Attributes:
-        losses: Training losses by step, for the figure.
         active: Whether the fit is watched.
     """
 
@@ -117,7 +116,6 @@ class MonitoredFit:
         owner: Any,
     ) -> None:
         self.engine = engine
-        self.losses: list[tuple[int, float]] = []
         self.active = True
         self._trainer = trainer
         self._module = pl_module
@@ -125,14 +123,17 @@ class MonitoredFit:
         self._settings = settings
         self._observers = Observers(observers)
         self._tracked = TrackedReading(None)
+        self._losses = LossCurve()  # for the figure
         self._window: _Window | None = None
         self._pending: PendingReading | None = None
         self._introduced = False
+        self._told_stale = False
         self._ending = False  # no row can be logged by the module any more
         self._title = describe_optimizers(trainer.optimizers)
         self._outputs = RunOutputs(
             trainer, folder, settings.name, settings.alerts, engine.guard, throttle, silent=settings.silent
         )
+        owner.tell_name(self._outputs.say)
         self._outputs.layout()
         engine.changed = self._announce
         self._gauge = TrainerGauge(
@@ -153,6 +154,11 @@ class MonitoredFit:
         self._observers.each(lambda observer: observer.begin(fit))
         self._steps = self._step_buffer()
         engine.schedule.begin(_step(trainer))
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """Training losses by step, thinned out in long runs."""
+        return self._losses.points
 
     # ------------------------------------------------------------------ hooks
 
@@ -260,6 +266,12 @@ class MonitoredFit:
         settings = self._observers.ahead(self._schedulers.after(1, window.batch_idx))
         with self._observers.in_effect():
             reading = measurement.at(optimizers)
+            if reading.stale and not measurement.reading.stale:
+                why = describe_stale(measurement.reading, optimizers)
+                reading = replace(reading, notes=(*reading.notes, why))
+                if not self._told_stale:
+                    self._told_stale = True
+                    self._outputs.say(f"step {reading.step}: the reading does not move the verdict. {why}")
             self._observers.each(lambda observer: observer.settle(optimizers))
             return replace(
                 reading,
@@ -360,9 +372,7 @@ class MonitoredFit:
     def _add_step(self, step: int, **inputs: Any) -> None:
         loss = inputs.get("loss")
         if loss is not None and math.isfinite(loss):
-            self.losses.append((step, loss))
-            if len(self.losses) > _LOSS_POINTS:
-                self.losses = self.losses[::2]
+            self._losses.add(step, loss)
         self.engine.add_step(step, **inputs)
 
     # ------------------------------------------------------------------ what follows from them

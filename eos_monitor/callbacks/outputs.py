@@ -11,6 +11,7 @@ from typing import Any
 from eos_monitor.alerts.alert import Alert
 from eos_monitor.alerts.sinks import LogSink, Sink, sinks_of
 from eos_monitor.alerts.throttle import Throttle
+from eos_monitor.callbacks.folders import free_path
 from eos_monitor.dashboard.layout import custom_scalars_layout
 from eos_monitor.monitor.engine import Engine
 from eos_monitor.monitor.rows import append_jsonl
@@ -24,7 +25,7 @@ class RunOutputs:
 
     Args:
         trainer: The Trainer, of either package.
-        folder: Its log folder, on every process; None for no files.
+        folder: Where the run's files go, on every process; None for no files.
         name: First part of the log keys.
         alerts: Names of sinks, or functions of an alert.
         guard: Keeps an output that fails from ending the run.
@@ -51,7 +52,7 @@ class RunOutputs:
         self._log = lightning_logger(trainer)
         self.shared_folder = folder
         self.folder = folder if self._speaks else None
-        self._sinks = sinks_of(alerts, self._log, self.folder, self._experiments("alert")) if self._speaks else []
+        self._sinks = sinks_of(alerts, self._log, self.folder, self._experiments("alert"), name) if self._speaks else []
         self.throttle = throttle
 
     @property
@@ -61,12 +62,25 @@ class RunOutputs:
     def say(self, message: str) -> None:
         """Log one line where Lightning logs its own."""
         if self._speaks:
-            self._log.info("eos_monitor: %s", message)
+            self._log.info("eos_monitor [%s]: %s", self.name, message)
 
     def layout(self) -> None:
         """Write the custom-scalars layout to every TensorBoard logger."""
         for writer in self._experiments("add_custom_scalars"):
-            self._attempt("layout", writer.add_custom_scalars, custom_scalars_layout(self.name))
+            self._attempt("layout", self._write_layout, writer)
+
+    def _write_layout(self, writer: Any) -> None:
+        layout = custom_scalars_layout(self.name)
+        folder = getattr(writer, "log_dir", None) or getattr(writer, "logdir", None)  # torch's, tensorboardX's
+        if not isinstance(folder, (str, Path)):
+            writer.add_custom_scalars(layout)
+            return
+        # TensorBoard keeps one layout of a run, and shows those of all runs: here it leaves the user's alone.
+        own = type(writer)(f"{folder}/{self.name}_layout")
+        try:
+            own.add_custom_scalars(layout)
+        finally:
+            own.close()
 
     def row(self, row: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Write the metrics of one reading to every logger, under its step, and its row to the file."""
@@ -139,7 +153,7 @@ class RunOutputs:
     def _drawn(self, what: str, draw: Callable[[], Any]) -> Path | None:
         if self.folder is None:
             return None
-        path = self.folder / f"{self.name}_{what}.png"
+        path = free_path(self.folder / f"{self.name}_{what}.png")
         self._attempt("figure", self._save, draw, path, f"{self.name}/{what}")
         return path if path.exists() else None
 
@@ -170,12 +184,6 @@ class RunOutputs:
 
     def _attempt(self, topic: str, action: Callable[..., Any], *args: Any) -> Any:
         return self._guard.run(f"an output ({topic})", lambda: action(*args), gives_up=False)
-
-
-def log_folder(trainer: Any) -> Path | None:
-    """Return the log folder of a Trainer, None for a fast_dev_run; to be asked on every process, for it broadcasts."""
-    folder = trainer.log_dir or trainer.default_root_dir
-    return None if trainer.fast_dev_run else Path(folder)
 
 
 def lightning_logger(trainer: Any) -> logging.Logger:

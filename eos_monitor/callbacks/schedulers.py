@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from eos_monitor.forecast.lookahead import Position, Settings, SettingsAhead
+from eos_monitor.limits.thresholds import learning_rates
 from eos_monitor.readings.guard import Guard
 
 _LOOKING_AHEAD = "looking ahead at what schedulers will set"
@@ -51,7 +51,9 @@ class TrainerSchedulers:
         ahead = self._ahead
         if ahead is None:
             return None
-        now = _first_rate(self._trainer.optimizers)
+        now = next(iter(learning_rates(self._trainer.optimizers)), None)
+        if now is None:
+            return None
         if len(self._rates) > _HORIZON + 1 and self._rates[1] == now:
             self._rates.pop(0)
         else:
@@ -63,7 +65,3 @@ class TrainerSchedulers:
 
 def _position(trainer: Any, batch_idx: int) -> Position:
     return Position(batch_idx, trainer.current_epoch, trainer.num_training_batches, trainer.accumulate_grad_batches)
-
-
-def _first_rate(optimizers: Sequence[Any]) -> float:
-    return float(optimizers[0].param_groups[0]["lr"])

@@ -110,19 +110,22 @@ class TrainerGauge:
         if not self._observers or not measurement.reading.ready or self._engine.off is not None:
             return 0.0  # no reading that is charged, or written
         began = time.perf_counter()
-        self._observers.measure(
-            ReadingContext(
+        context = self._engine.guard.run(
+            "measuring beside a reading",
+            lambda: ReadingContext(
                 trainer=self._trainer,
                 pl_module=self._module,
                 loss_fn=self._loss.function,
-                batches=self._engine.samples.on(self._module.device, batch),
+                batches=self._engine.samples.on(self._module.device, batch),  # may want memory
                 step=step,
                 measurement=measurement,
                 modes=self._engine.eigenvectors,
                 verdict=self._engine.verdict,
                 ahead=ahead,
-            )
+            ),
         )
+        if context is not None:
+            self._observers.measure(context)
         # Around every reading the time is already that of all of it.
         return 0.0 if self._settings.verify == "always" else time.perf_counter() - began
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eos_monitor.limits.thresholds import has_learning_rate, learning_rates
 from eos_monitor.monitor.engine import Engine
 from eos_monitor.readings.reading import StabilityReading
 
@@ -36,7 +37,7 @@ def edge_metrics(name: str, row: Mapping[str, Any], verdict: int, group_names: S
 
 
 def group_names(optimizers: Sequence[Any]) -> list[str]:
-    """Name parameter groups as LearningRateMonitor does for optimizers without a named scheduler."""
+    """Name the groups that have a learning rate as LearningRateMonitor does for optimizers without named schedulers."""
     names: list[str] = []
     seen: dict[str, int] = {}
     for optimizer in optimizers:
@@ -46,7 +47,9 @@ def group_names(optimizers: Sequence[Any]) -> list[str]:
         base = f"lr-{kind}" + (f"-{count}" if count else "")
         groups = optimizer.param_groups
         names += [
-            base if len(groups) == 1 else f"{base}/{group.get('name', f'pg{i + 1}')}" for i, group in enumerate(groups)
+            base if len(groups) == 1 else f"{base}/{group.get('name', f'pg{i + 1}')}"
+            for i, group in enumerate(groups)
+            if has_learning_rate(group)
         ]
     return names
 
@@ -55,8 +58,7 @@ def describe_optimizers(optimizers: Sequence[Any]) -> str:
     """Return the optimizers and their learning rates in words."""
 
     def rates(optimizer: Any) -> str:
-        found = dict.fromkeys(f"{float(group['lr']):.3g}" for group in optimizer.param_groups if "lr" in group)
-        return ", ".join(found)
+        return ", ".join(dict.fromkeys(f"{rate:.3g}" for rate in learning_rates([optimizer]))) or "of its own"
 
     return " and ".join(f"{type(optimizer).__name__}, lr {rates(optimizer)}" for optimizer in optimizers)
 
@@ -68,6 +70,26 @@ def describe_threshold(reading: StabilityReading) -> str:
     if reading.edge_ratio is not None:
         return "different thresholds in different groups"
     return "no threshold: " + ("; ".join(reading.notes) or "unknown")
+
+
+def describe_stale(reading: StabilityReading, optimizers: Sequence[Any]) -> str:
+    """Return why a reading is not one of its step's settings, in words.
+
+    Args:
+        reading: As it was measured.
+        optimizers: With the settings of the step.
+    """
+    now = learning_rates(optimizers)
+
+    def told(rates: Sequence[float]) -> str:
+        return ", ".join(f"{rate:.3g}" for rate in rates) or "none"
+
+    moved = (
+        f"the learning rates went from {told(reading.lr)} to {told(now)}, not by one common factor"
+        if now != reading.lr
+        else "the optimizers' settings changed (momentum, betas, weight decay, parameters)"
+    )
+    return f"stale: after it was measured and before the step {moved}; set before the batch, it is measured"
 
 
 def describe_start(engine: Engine, reading: StabilityReading, loss: str) -> str:

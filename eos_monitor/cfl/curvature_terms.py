@@ -80,6 +80,8 @@ def curvature_terms(
         missing = batch.missing | missing
         for name, counts in batch.regimes.items():
             terms.regimes[name] = terms.regimes.get(name, 0) + counts
+        if not batch.layers:
+            continue  # all that are wanted are among the missing
         try:
             out = loss_input(batch.captured)
             vectors = output_probes(batch.loss, out.edge, out.values, probes, generator)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from eos_monitor.limits.edge_scale import shortened
-from eos_monitor.limits.thresholds import CriticalCurvature, critical_curvature
+from eos_monitor.limits.thresholds import CriticalCurvature, critical_curvature, has_learning_rate
 
 _DEAD = 1e-12  # a critical curvature below this share of the median counts as this share
 
@@ -83,7 +83,8 @@ class LayerLimits:
             self._slices[id(p)] = slice(end - size, end)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                self._lr |= dict.fromkeys(map(id, group["params"]), float(group.get("lr", math.nan)))
+                lr = float(group["lr"]) if has_learning_rate(group) else math.nan
+                self._lr |= dict.fromkeys(map(id, group["params"]), lr)
         self.why_not = _why_not(self._at)
 
     @property

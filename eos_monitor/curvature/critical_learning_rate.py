@@ -139,7 +139,7 @@ def critical_learning_rate(
             forwards += 1
             s = bracket.next()
     scale, error = bracket.estimate()
-    lrs = [float(group["lr"]) for o in ahead.optimizers for group in o.param_groups if "lr" in group]
+    lrs = [float(group["lr"]) for o in ahead.optimizers for group in o.param_groups if group.get("lr") is not None]
     return CriticalLearningRate(
         scale=scale,
         lr=None if scale is None else tuple(scale * lr for lr in lrs),

@@ -31,14 +31,43 @@ def layers_table(layers: Sequence[Mapping[str, Any]], most: int = 5) -> str:
     lines = [_sentence(layer) for layer in known[:most]]
     if len(known) > most:
         lines.append(f"and {len(known) - most} more layers")
+    missing = _not_attributed(layers)
+    return "\n".join([*lines, missing] if missing else lines)
+
+
+def run_sentence(rows: Sequence[Row], crossings: Mapping[str, int]) -> str:
+    """Tell which layers crossed their limits, as far as anything is known of them.
+
+    Args:
+        rows: Readings, oldest first, as for :func:`layers_figure`.
+        crossings: Times that each layer's number rose above 1.
+    """
+    layers = [layer for row in rows for layer in row["layers"]]
+    missing = _not_attributed(rows[-1]["layers"])
+    if not has_something_to_draw(rows):
+        return f"no layer was attributed, so nothing is known of their limits; {missing or 'no curvature was found'}"
+    if all(layer["cfl_number"] is None for layer in layers):
+        told = "curvatures only, because the optimizer has no limit that is known"
+    else:
+        crossed = [f"{layer} {n} time{'s' * (n > 1)}" for layer, n in crossings.items() if n]
+        told = (
+            f"layers that crossed their own limits: {', '.join(crossed)}" if crossed else "no layer crossed its limit"
+        )
+    return f"{told}; {missing}" if missing else told
+
+
+def has_something_to_draw(rows: Sequence[Row]) -> bool:
+    """Whether anything is known of any layer in any reading."""
+    return any(_map(rows, key)[0] for key in ("cfl_number", "curvature"))
+
+
+def _not_attributed(layers: Sequence[Mapping[str, Any]]) -> str:
     missing: dict[str, list[str]] = {}
     for layer in layers:
         if layer["method"] == "none":
             missing.setdefault(layer["reason"], []).append(layer["layer"])
-    if missing:
-        told = (f"{', '.join(names)} ({reason})" for reason, names in missing.items())
-        lines.append(f"not attributed: {'; '.join(told)}")
-    return "\n".join(lines)
+    told = (f"{', '.join(names)} ({reason})" for reason, names in missing.items())
+    return f"not attributed: {'; '.join(told)}" if missing else ""
 
 
 def layers_figure(rows: Sequence[Row], title: str = "") -> Figure:
@@ -54,8 +83,10 @@ def layers_figure(rows: Sequence[Row], title: str = "") -> Figure:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    by_number = any(layer["cfl_number"] is not None for row in rows for layer in row["layers"])
-    names, values = _map(rows, "cfl_number" if by_number else "curvature")
+    names, values = _map(rows, "cfl_number")
+    by_number = bool(names)
+    if not by_number:
+        names, values = _map(rows, "curvature")
     if not names:
         figure = Figure(figsize=(9.0, 2.0))
         figure.text(0.5, 0.5, "no layer was attributed", ha="center", va="center")

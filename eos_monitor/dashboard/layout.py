@@ -16,8 +16,9 @@ def custom_scalars_layout(prefix: str = "eos") -> dict[str, dict[str, list[str |
         # Tags are regular expressions: without anchors `eos/edge_ratio` would also draw `eos/edge_ratio_next`.
         return ["Multiline", [f"^{re.escape(prefix)}/{name}$" for name in names]]
 
+    title = "Edge of stability" if prefix == "eos" else f"Edge of stability ({prefix})"
     return {
-        "Edge of stability": {
+        title: {
             "edge ratio (1 is the full-batch edge)": lines("edge_ratio", "edge_ratio_clipped", "edge_ratio_next"),
             "normalized sharpness and its threshold": lines("normalized_sharpness", "threshold"),
             "sharpness, and that along minibatch gradients": lines("sharpness", "batch_sharpness"),

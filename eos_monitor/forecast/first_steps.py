@@ -15,7 +15,7 @@ from eos_monitor.forecast.lookahead import Settings
 from eos_monitor.isolation.batches import clone_batch
 from eos_monitor.isolation.sandbox import LossFn
 from eos_monitor.isolation.twin import trained_parameters, twin_optimizer
-from eos_monitor.limits.thresholds import critical_curvature
+from eos_monitor.limits.thresholds import critical_curvature, has_learning_rate
 from eos_monitor.readings.gauge import Gauge
 from eos_monitor.readings.reading import StabilityReading
 from eos_monitor.readings.settings import Solver
@@ -173,7 +173,7 @@ class FirstSteps:
         if not curvature.ready or (curvature.c is None and not curvature.without_threshold):
             kept = [p.detach().clone() for p in self.params]
             optimizers = [twin_optimizer(optimizer, {p: p for p in self.params}) for optimizer in optimizers]
-            rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+            rates = [[group.get("lr") for group in optimizer.param_groups] for optimizer in optimizers]
             _set_rates(optimizers, [[0.0 for _ in row] for row in rates])
             while not critical_curvature(optimizers).ready and settling < _MOST_SETTLING:
                 for optimizer in optimizers:
@@ -195,15 +195,20 @@ class FirstSteps:
         for optimizer, news in zip(self.optimizers, settings or (), strict=True):
             for group, new in zip(optimizer.param_groups, news, strict=True):
                 group.update({key: value for key, value in new.items() if key not in ("lr", "steps_ahead")})
-        _set_rates(self.optimizers, [[new["lr"] for new in news] for news in settings or ()])
+        _set_rates(self.optimizers, [[new.get("lr") for new in news] for news in settings or ()])
 
     def _scale_rates(self, scale: float) -> None:
-        rates = [[scale * float(group["lr"]) for group in o.param_groups] for o in self.optimizers]
+        rates = [
+            [scale * float(group["lr"]) if has_learning_rate(group) else None for group in o.param_groups]
+            for o in self.optimizers
+        ]
         _set_rates(self.optimizers, rates)
 
 
 def _set_rates(optimizers: Sequence[Optimizer], rates: Sequence[Sequence[Any]]) -> None:
     for optimizer, row in zip(optimizers, rates, strict=True):
         for group, lr in zip(optimizer.param_groups, row, strict=True):
+            if not has_learning_rate(group) or lr is None:
+                continue
             # Capturable optimizers want their tensor.
             group["lr"] = torch.full_like(group["lr"], float(lr)) if isinstance(group["lr"], Tensor) else float(lr)

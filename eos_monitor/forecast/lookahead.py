@@ -145,14 +145,18 @@ class SettingsAhead:
         ]
 
     def rates(self, n: int, position: Position) -> list[float]:
-        """Return the learning rates of the first group after 1 … ``n`` more optimizer steps, as far as they are known.
+        """Return the first learning rates after 1 … ``n`` more optimizer steps, as far as they are known.
 
         Args:
             n: Optimizer steps.
             position: As for :meth:`after`.
         """
         _, block, index = self._reach(n, position)
-        return [float(state.groups[0][0]["lr"]) for state in block[index + 1 : index + n + 1]]
+        rates = (
+            next((group["lr"] for groups in state.groups for group in groups if "lr" in group), None)
+            for state in block[index + 1 : index + n + 1]
+        )
+        return [float(rate) for rate in rates if rate is not None]
 
     def _reach(self, n: int, position: Position) -> tuple[_State, list[_State], int]:
         """Return the live state, and a run of states of which that one is at the index, ``n`` beyond it if known."""

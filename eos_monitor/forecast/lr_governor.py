@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from eos_monitor.verdicts.steps import kind_of
 
 _OF_CUT = 0.5
 _BACK_OFF = 0.5
+_T = TypeVar("_T")
+Place = tuple[int, int]  # of a group: the optimizer's index, and its own
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class LrGovernor:
         self._target = target
         self._floor = floor
         self._cooldown = cooldown
+        self._places: tuple[Place, ...] = ()
         self._jumps: list[JumpRisk] = []
         self._caps: list[float | None] = []  # of each group; None without one
         self._ceiling = 1.0
@@ -90,6 +93,11 @@ class LrGovernor:
     def caps(self) -> tuple[float | None, ...]:
         """Factor that each group is capped by; None without a cap."""
         return tuple(self._caps)
+
+    @property
+    def caps_by_place(self) -> dict[Place, float | None]:
+        """Factor that each group is capped by, by its place."""
+        return dict(zip(self._places, self._caps, strict=True))
 
     @property
     def exhausted(self) -> bool:
@@ -113,18 +121,19 @@ class LrGovernor:
         """Return the edge ratio at other learning rates, by the last reading; None if that is not known."""
         return self._ratio_at(rates, (1.0,) * len(rates), 1.0)
 
-    def decide(self, step: int, rates: Sequence[float], correction: float = 1.0) -> Cap | None:
+    def decide(
+        self, step: int, rates: Sequence[float], correction: float = 1.0, places: Sequence[Place] | None = None
+    ) -> Cap | None:
         """Set the factors of the update of ``step``; return what a new event has lowered, None without one.
 
         Args:
             step: Optimizer step.
             rates: Scheduled learning rate of each group.
             correction: Factor on the edge ratio, for what else has changed since the reading.
+            places: Where each group is, so that caps stay with their groups when some are added; None for all in one
+                optimizer.
         """
-        if len(self._caps) != len(rates):
-            self._caps = [None] * len(rates)
-        if len(self._jumps) != len(rates):
-            self._jumps = [JumpRisk() for _ in rates]
+        self._align(rates, places)
         scheduled = self._ratio_at(rates, (1.0,) * len(rates), correction)
         in_effect = self._ratio_at(rates, self.factors, correction)
         risen = []
@@ -148,15 +157,25 @@ class LrGovernor:
             return None
         return self._cap(risen, rates, scheduled, self._target_ratio())
 
-    def lower(self, step: int, rates: Sequence[float], caps: Sequence[float | None] = ()) -> Cap:
+    def lower(
+        self,
+        step: int,
+        rates: Sequence[float],
+        caps: Mapping[Place, float | None] | None = None,
+        places: Sequence[Place] | None = None,
+    ) -> Cap:
         """Lower all learning rates for good: to half, and to the target where a ratio is known.
 
         Args:
             step: Optimizer step.
             rates: Scheduled learning rate of each group.
-            caps: :attr:`caps` of the state that the run goes back to: those since have followed what went wrong.
+            caps: :attr:`caps_by_place` of the state that the run goes back to: those since have followed what went
+                wrong.
+            places: As for :meth:`decide`.
         """
-        self._caps = [1.0 if cap is None else cap for cap in (caps if len(caps) == len(rates) else [None] * len(rates))]
+        self._align(rates, places)
+        before = [(caps or {}).get(place) for place in self._places]
+        self._caps = [1.0 if cap is None else cap for cap in before]
         found = self._ratio_at(rates, self.factors, 1.0)
         target = None if found is None else self._target_ratio()
         enough = 1.0 if found is None or target is None else target / found
@@ -175,6 +194,7 @@ class LrGovernor:
     def state_dict(self) -> dict[str, Any]:
         """Return the state, without the reading, as plain Python values."""
         return {
+            "places": [list(place) for place in self._places],
             "caps": list(self._caps),
             "ceiling": self._ceiling,
             "used": list(self._used),
@@ -184,6 +204,7 @@ class LrGovernor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
+        self._places = tuple((o, g) for o, g in state["places"])
         self._caps = list(state["caps"])
         self._ceiling = state["ceiling"]
         self._at = state["at"]
@@ -191,6 +212,22 @@ class LrGovernor:
         self._jumps = [JumpRisk() for _ in state["jumps"]]
         for jump, saved in zip(self._jumps, state["jumps"], strict=True):
             jump.load_state_dict(saved)
+
+    def _align(self, rates: Sequence[float], places: Sequence[Place] | None) -> None:
+        """Keep what is known of each group with it where groups were added or taken away; a new one has no cap."""
+        now = tuple((0, g) for g in range(len(rates))) if places is None else tuple(places)
+        if now == self._places:
+            return
+        before = {place: i for i, place in enumerate(self._places)}
+
+        def moved(values: Sequence[_T], fresh: Callable[[], _T]) -> list[_T]:
+            return [values[before[place]] if place in before else fresh() for place in now]
+
+        full = 1.0 if self._ceiling < 1.0 else None
+        self._caps = moved(self._caps, lambda: full)
+        self._jumps = moved(self._jumps, JumpRisk)
+        self._used = moved(self._used, lambda: math.inf) if self._used else []
+        self._places = now
 
     def _slowly(self, step: int, g: int, rate: float) -> float | None:
         """Return a cap at which the learning rate that is used stays for a cooldown, and then doubles in each."""

@@ -261,4 +261,4 @@ def _with_warmup(
 
 
 def _rates(lr: tuple[float, ...]) -> str:
-    return ", ".join(dict.fromkeys(f"{value:.2g}" for value in lr))
+    return ", ".join(dict.fromkeys(f"{value:.2g}" for value in lr)) or "of the optimizer's own"

@@ -198,8 +198,15 @@ def critical_curvature(
 
 
 def learning_rates(optimizers: Sequence[Optimizer]) -> tuple[float, ...]:
-    """Return the learning rate of every parameter group, in order."""
-    return tuple(float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups if "lr" in group)
+    """Return the learning rate of every parameter group that has one, in order."""
+    return tuple(
+        float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups if has_learning_rate(group)
+    )
+
+
+def has_learning_rate(group: Group) -> bool:
+    """Whether a group has a learning rate: some optimizers set their own, and have none or None there."""
+    return group.get("lr") is not None
 
 
 class _Entry(NamedTuple):
@@ -222,7 +229,7 @@ def _entries(
         kind = type(optimizer).__name__
         for g, group in enumerate(optimizer.param_groups):
             settings = {**source.attributes, **_plain(group), **(_plain(ahead[o][g]) if ahead is not None else {})}
-            if "lr" in settings:
+            if has_learning_rate(settings):
                 settings["lr"] *= lr_scale
             for i, param in enumerate(group["params"]):
                 if not param.requires_grad:

@@ -111,6 +111,7 @@ class StabilityProbe:
         self._probe = Probe.of(probe)
         self._engine = Engine(self._probe, solver or Solver(), every_n_steps=every_n_steps, max_overhead=max_overhead)
         self._step = 0
+        self._written: dict[Path, int] = {}  # rows of this run in each file
         self._schedulers = [_scheduled(entry) for entry in schedulers]
         self._ahead = SettingsAhead(self._schedulers, self._optimizers) if schedulers else None
         self._tracked = TrackedReading(None)
@@ -145,13 +146,13 @@ class StabilityProbe:
     @property
     def verdict(self) -> Verdict:
         """Verdict as of the last step; on an accelerator this reads the losses that wait there."""
-        self._steps.flush()
+        self._steps.catch_up()
         return self._engine.verdict
 
     @property
     def advisory(self) -> str | None:
         """What to look out for beside the verdict: ``"jump-risk"``, ``"loss-excess"``, or None."""
-        self._steps.flush()
+        self._steps.catch_up()
         return self._engine.detector.advisory
 
     @property
@@ -166,17 +167,22 @@ class StabilityProbe:
 
     def report(self) -> str:
         """Tell the run in a few sentences."""
-        self._steps.flush()
+        self._steps.catch_up()
         return self._engine.report()
 
     def to_jsonl(self, path: str | Path) -> None:
-        """Append all readings to a JSON-lines file, one a row."""
-        for row in self._engine.rows:
-            append_jsonl(Path(path), row)
+        """Append the readings that are not in it yet to a JSON-lines file, one a row."""
+        self._steps.catch_up()
+        file = Path(path).resolve()
+        written = self._written.get(file, 0) if file.exists() else 0
+        for row in self._engine.rows[written:]:
+            append_jsonl(file, row)
+            written += 1
+            self._written[file] = written
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step and the detector's state as plain Python values."""
-        self._steps.flush()
+        self._steps.catch_up()
         return {"step": self._step} | self._engine.state_dict() | {"alerts": self._throttle.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -221,6 +227,7 @@ class StabilityProbe:
             if engine.due(step):
                 reading = self._measured(step, batch)
         if reading is not None:
+            self._steps.catch_up()  # what came before it is judged before it
             engine.add_reading(reading)
         return reading
 

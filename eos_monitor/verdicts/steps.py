@@ -79,7 +79,9 @@ class StepBuffer:
         self._guard = Guard() if guard is None else guard
         self._params = list(params)
         self._seed = seed
-        self._projector = UpdateProjector(params, seed) if movements is not False and params else None
+        # It may want more memory than there is; the losses are worth a verdict all the same.
+        wanted = movements is not False and bool(params)
+        self._projector = self._attempt(lambda: UpdateProjector(params, seed)) if wanted else None
         self._on_trial = movements is None
         self._max_overhead = max_overhead
         self._cheap = processes == 1 and all(p.device.type == "cpu" for p in params)
@@ -87,6 +89,7 @@ class StepBuffer:
         self._waiting: list[_Step] = []
         self._open: _Step | None = None
         self._losses: list[Tensor] = []  # of the micro-batches so far
+        self._whole = False  # whether there are no others in this step
         self._movement: Tensor | None = None
         self._last_lr: tuple[float, ...] = ()
         self._training_seconds = training_seconds
@@ -133,6 +136,7 @@ class StepBuffer:
         """
         value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64)
         self._losses.append(value if factor == 1.0 else value * factor)
+        self._whole = whole
         if whole and self._buffered == 1 and self._open is not None:
             self._pass_on(self._open, float(self._losses.pop()))
             self._open = _Step(self._open.step)
@@ -168,6 +172,13 @@ class StepBuffer:
         means = self._mean_losses([None if value is None else value[0] for value in losses])
         for step, loss, moved in zip(waiting, means, movements, strict=True):
             self._pass_on(step, loss, moved)
+
+    def catch_up(self) -> None:
+        """Pass on what waits, and the loss of the present step if it is whole; its update is still to come."""
+        self.flush()
+        if self._open is not None and self._whole and self._losses and self._sum is None:
+            self._pass_on(self._open, float(self._losses.pop()))
+            self._open = _Step(self._open.step)
 
     def _pass_on(self, step: _Step, loss: float | None = None, moved: list[float] | None = None) -> None:
         if moved is None and step.movement is not None:

@@ -6,6 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,12 @@ class Case:
     readings: int | None = None  # with an edge ratio; None: at least two
     warns: bool = False
     slow: bool = False
+
+
+def logs_of(folder: Path) -> Path:
+    """Where the last fit without a logger wrote to."""
+    versions = (folder / "eos_logs").glob("version_*")
+    return max(versions, key=lambda path: int(path.name.removeprefix("version_")), default=folder)
 
 
 def make_module(pl: Any, case: Case) -> Any:
@@ -188,7 +195,7 @@ def run(namespace: str, case: Case, folder: Any, make_callback: Callable[[Any], 
         module, callback = make_module(pl, case), make_callback(pl)
         trainer = trainer_for(callback, logger, max_epochs=4)
         trainer.fit(module, loader(), validation, ckpt_path=path)
-    ours = [row for row in logger.rows if any(key.startswith(("eos/", "cfl/")) for key in row[1])]
+    ours = [row for row in logger.rows if any(key.startswith(("eos/", "cfl/", "perturbation/")) for key in row[1])]
     return {
         "callback": callback,
         "ours": ours,

@@ -29,4 +29,4 @@ def test_both_ranks_act_alike(cadence: int, jump: float, action: str, tmp_path: 
     for one, other in zip(first["weights"], second["weights"], strict=True):
         assert torch.equal(one, other)
         assert math.isfinite(float(one.sum()))
-    assert list(tmp_path.glob("eos_*.ckpt"))
+    assert list(tmp_path.rglob("eos_*.ckpt"))

@@ -20,7 +20,7 @@ from eos_monitor.callbacks.rate_factors import RateFactors
 from eos_monitor.callbacks.snapshots import Snapshot, Snapshots
 from eos_monitor.forecast.lr_governor import LrGovernor
 from eos_monitor.monitor.rows import append_jsonl
-from tests.callbacks.runs import NAMESPACES, Case, differences, mlp, run
+from tests.callbacks.runs import NAMESPACES, Case, differences, logs_of, mlp, run
 
 ALL = ("stop", "checkpoint", "cap-lr", "restore")
 SHARP = 4.0  # largest curvature of the quadratic: gradient descent has its edge at lr 0.5
@@ -55,10 +55,10 @@ class Quadratic(pl.LightningModule):
         self.scheduled.append(self.optimizers().param_groups[0]["lr"])
 
 
-def fit(folder: Path, module: Any, steps: int = 40, ckpt_path: Any = None, **settings: Any) -> Any:
+def fit(folder: Path, module: Any, steps: int = 40, ckpt_path: Any = None, trainer: Any = None, **settings: Any) -> Any:
     monitor = EdgeOfStabilityMonitor(5, probe=Probe(samples=1, full_batch=True), alerts=())
     acting = StabilityActions(**settings)
-    trainer = pl.Trainer(
+    runs = pl.Trainer(
         max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",
@@ -68,13 +68,14 @@ def fit(folder: Path, module: Any, steps: int = 40, ckpt_path: Any = None, **set
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
+        **(trainer or {}),
     )
-    trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(1, 1)), ckpt_path=ckpt_path)
-    return monitor, acting, trainer
+    runs.fit(module, torch.utils.data.DataLoader(torch.zeros(1, 1)), ckpt_path=ckpt_path)
+    return monitor, acting, runs
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "eos_actions.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (logs_of(folder) / "eos_actions.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------- the cap
@@ -203,6 +204,109 @@ def test_governor_goes_on_from_its_state() -> None:
         assert one.factors == other.factors
 
 
+def test_caps_stay_with_their_groups_when_one_is_added() -> None:
+    """Two optimizers: a group that is added to the first moves those of the second on."""
+    params, _ = two_groups()
+    optimizers = [torch.optim.SGD([p], lr=0.1) for p in params]
+    governor = LrGovernor(target=1.0, cooldown=100)
+    governor.measured(reading_of(0.5, (0.1, 0.1), (0.1, 0.9), params), optimizers)
+    governor.decide(0, (0.1, 0.1), places=((0, 0), (1, 0)))
+    governor.decide(1, (0.1, 2.0), places=((0, 0), (1, 0)))
+    # 0.5 / (0.1 + 0.9 · 0.1 / lr) = 1 at lr = 0.09 / 0.4
+    assert governor.factors == pytest.approx((1.0, 0.225 / 2.0), rel=1e-9)
+    wider = ((0, 0), (0, 1), (1, 0))
+    other = LrGovernor(target=1.0, cooldown=100)
+    other.load_state_dict(json.loads(json.dumps(governor.state_dict())))
+    for one in (governor, other):
+        one.decide(2, (0.1, 0.3, 2.0), places=wider)
+        assert one.factors == pytest.approx((1.0, 1.0, 0.225 / 2.0), rel=1e-9)
+        one.decide(3, (0.1, 2.0), places=((0, 0), (1, 0)))  # and when it goes
+        assert one.factors == pytest.approx((1.0, 0.225 / 2.0), rel=1e-9)
+
+
+def test_lowered_rates_go_back_to_the_caps_of_their_groups() -> None:
+    params, optimizers = two_groups()
+    governor = LrGovernor(target=1.0, cooldown=100)
+    governor.measured(reading_of(0.5, (0.1, 0.1), (0.9, 0.1), params), optimizers)
+    governor.decide(0, (0.1, 0.1))
+    governor.decide(1, (2.0, 0.1))
+    kept = governor.caps_by_place
+    governor.decide(2, (2.0, 0.1, 0.3))
+    cap = governor.lower(3, (2.0, 0.1, 0.3), kept)
+    # All at half of the least factor, 0.225 / 2, at most: no ratio is known of three groups.
+    assert cap.after == pytest.approx([0.5 * 0.1125 * rate for rate in (2.0, 0.1, 0.3)], rel=1e-9)
+    assert governor.caps == pytest.approx((0.1125, 1.0, 1.0), rel=1e-9)
+
+
+class Scaled(Quadratic):
+    """The same in ``"16-mixed"``: the update comes after the closure, where a scaler allows it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch, batch_idx).float()
+
+
+@pytest.mark.parametrize("scale", [2.0**4, 2.0**127], ids=["all-steps", "some-skipped"])
+def test_a_cap_holds_under_a_gradient_scaler(scale: float, tmp_path: Path) -> None:
+    module = Scaled(at=20, factor=120.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000)
+    precision = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    settings = {"what": "cap-lr", "dry_run": False, "edge_target": 0.8}
+    _, acting, _ = fit(tmp_path, module, trainer={"plugins": [precision]}, **settings)
+    [row] = [row for row in acting.done if row["action"] == "cap-lr"]
+    capped = module.used[-1]
+    # lr · 4 / 2 ≤ the edge, at the rate that the update itself shows; 12 would multiply x by −47 a step
+    assert max(module.used) * SHARP / 2 <= 1.0
+    assert row["to"][0] * SHARP / 2 <= 1.0
+    assert capped == pytest.approx(12.0 * acting.factors[0], rel=1e-6)
+    assert float(module.x.detach().abs().max()) < 1.0
+    assert acting.guard.off == {}
+
+
+def test_a_cap_outlives_a_group_that_is_added(tmp_path: Path) -> None:
+    class Grows(Quadratic):
+        """One more trained parameter, ten steps after the jump."""
+
+        def __init__(self) -> None:
+            super().__init__(at=20, factor=120.0)
+            self.y = nn.Parameter(torch.ones(1, dtype=torch.float64), requires_grad=False)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch, batch_idx) + 1e-3 * self.y.square().sum()
+
+        def configure_optimizers(self) -> Any:
+            found = super().configure_optimizers()
+            found["optimizer"].param_groups[0]["params"] = [self.x]
+            return found
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.trainer.global_step == 30:
+                self.y.requires_grad_(True)
+                optimizer = self.optimizers().optimizer
+                optimizer.add_param_group({"params": [self.y], "lr": 0.01, "initial_lr": 0.01})
+                self.lr_schedulers().base_lrs.append(0.01 / 120.0)
+                self.lr_schedulers().lr_lambdas.append(self.lr_schedulers().lr_lambdas[0])
+
+    module = Grows()
+    _, acting, _ = fit(tmp_path, module, steps=45, what="cap-lr", dry_run=False, edge_target=0.8)
+    assert len(acting.factors) == 2
+    assert acting.guard.off == {}
+    assert acting.factors[0] < 0.2
+    assert max(module.used) * SHARP / 2 <= 1.0
+    assert float(module.x.detach().abs().max()) < 1.0
+
+
+def test_a_step_that_was_not_announced_is_seen() -> None:
+    rates = RateFactors()
+    optimizer = torch.optim.SGD(mlp().parameters(), lr=0.1)
+    rates.attach([optimizer])
+    rates.factors = (0.5,)
+    rates.now(optimizer)
+    optimizer.step()
+    assert not rates.missed
+    optimizer.step()
+    assert rates.missed
+
+
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
@@ -247,8 +351,6 @@ def test_factors_act_inside_the_step_only(scaler: bool) -> None:
             closure()
             factors.now(one)
             assert one.param_groups[0]["lr"] == rate
-            factors._enter(one)
-            factors.now(one)
             one.step()
         else:
             one.step(closure)
@@ -434,8 +536,8 @@ def test_restore_goes_back_and_on_at_a_lower_rate(tmp_path: Path) -> None:
     n = 120 - at
     assert module.x.detach().abs().tolist() == pytest.approx([0.2**n, 0.7**n], rel=1e-6)
     assert monitor.verdict is not Verdict.DIVERGING
-    assert [path.name for path in tmp_path.glob("*.ckpt")] == [f"eos_diverging_step{at}.ckpt"]
-    state = torch.load(next(tmp_path.glob("*.ckpt")), weights_only=False)
+    assert [path.name for path in tmp_path.rglob("*.ckpt")] == [f"eos_diverging_step{at}.ckpt"]
+    state = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=False)
     assert state["global_step"] == at
 
 
@@ -483,7 +585,7 @@ def test_without_a_monitor_it_brings_one_that_writes_nothing(tmp_path: Path) -> 
     assert [row["action"] for row in acting.done] == ["cap-lr"]
     assert module.used == pytest.approx([0.1] * 20 + [0.4] * 20, rel=0.02)
     assert rows_of(tmp_path) == acting.done
-    assert {path.name for path in tmp_path.iterdir()} == {"eos_actions.jsonl"}
+    assert {path.name for path in logs_of(tmp_path).iterdir()} == {"eos_actions.jsonl"}
 
 
 def test_a_monitor_alone_has_no_means_of_changing_a_run() -> None:

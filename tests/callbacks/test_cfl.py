@@ -22,7 +22,7 @@ from eos_monitor.cfl.tiers import CFLGauge
 from eos_monitor.monitor.engine import Engine
 from eos_monitor.verdicts.change import Change
 from tests.callbacks import cfl_run
-from tests.callbacks.runs import NAMESPACES, Case, differences, make_logger, mlp, run
+from tests.callbacks.runs import NAMESPACES, Case, differences, logs_of, make_logger, mlp, run
 from tests.launching import run_script
 
 pl = importlib.import_module("pytorch_lightning")
@@ -101,7 +101,7 @@ def fit(module: Any, callbacks: Any, tmp_path: Path, batches: Any = None, **sett
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "cfl_readings.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (logs_of(folder) / "cfl_readings.jsonl").read_text().splitlines()]
 
 
 def layers_of(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -194,7 +194,7 @@ def test_exact_list_of_steps_and_keys(namespace: str, tmp_path: Path) -> None:
     keys = {f"cfl/net.{layer}/{key}" for layer in (0, 3) for key in ("number", "lr_max", "crossings")}
     keys |= {f"cfl/net.0/{key}" for key in ("activated", "transitioning", "not_activated")}
     assert [(step, set(metrics)) for step, metrics in monitored["ours"]] == [(0, keys), (3, keys), (6, keys)]
-    folder = tmp_path / "run"
+    folder = tmp_path / "run" / "rows" / "version_0"  # name and version of the logger
     assert [row["step"] for row in rows_of(folder)] == [0, 3, 6]
     assert {path.name for path in folder.iterdir()} == {"cfl_readings.jsonl", "cfl_layers.png"}
 
@@ -217,7 +217,7 @@ def test_heat_map_and_report_have_the_layers(tmp_path: Path, said: list[str]) ->
     monitor = CFLMonitor(every_n_steps=1)
     assert monitor.report() == "No reading was taken."
     fit(Deep(layered()), [monitor], tmp_path)
-    assert (tmp_path / "cfl_layers.png").stat().st_size > 10_000
+    assert (logs_of(tmp_path) / "cfl_layers.png").stat().st_size > 10_000
     lines = monitor.report().splitlines()
     assert [line.split()[0] for line in lines] == [e.layer for e in monitor.estimates]
     for part in ("of its limit", "of its entries transitioning", "of the top mode"):
@@ -228,10 +228,11 @@ def test_heat_map_and_report_have_the_layers(tmp_path: Path, said: list[str]) ->
 def test_second_fit_starts_afresh(tmp_path: Path) -> None:
     monitor = CFLMonitor(every_n_steps=2)
     fit(Line(0.1), [monitor], tmp_path)
+    first = [row["run"] for row in rows_of(tmp_path)]
     fit(Line(0.1), [monitor], tmp_path)
-    runs = [row["run"] for row in rows_of(tmp_path)]
-    assert len(runs) == 6
-    assert len(set(runs)) == 2
+    second = [row["run"] for row in rows_of(tmp_path)]
+    assert len(first) == len(second) == 3
+    assert len({*first, *second}) == 2
 
 
 # ---------------------------------------------------------------- the numbers
@@ -531,7 +532,7 @@ def test_a_net_without_layers_gets_one_message_and_costs_nothing(
     assert trainer.global_step == 6
     assert len(host.readings) == 7
     assert len(spy.calls) <= 1
-    assert not (tmp_path / "cfl_readings.jsonl").exists()
+    assert not (logs_of(tmp_path) / "cfl_readings.jsonl").exists()
 
 
 def test_patterns_choose_layers(tmp_path: Path) -> None:
@@ -608,6 +609,28 @@ def test_optimizer_without_a_limit_still_has_curvatures(tmp_path: Path) -> None:
     assert "curvature" in monitor.report()
 
 
+def test_a_run_in_which_nothing_is_attributed_says_why_and_draws_nothing(tmp_path: Path, said: list[str]) -> None:
+    torch.manual_seed(0)
+    monitor = CFLMonitor(every_n_steps=1, layers=["net.unused", "net.normed"])
+    fit(Deep(Zoo()), [monitor], tmp_path)
+    assert {e.method for e in monitor.estimates} == {"none"}
+    (line,) = [line for line in said if "layer-wise readings" in line]
+    assert "no layer was attributed" in line
+    for estimate in monitor.estimates:
+        assert f"{estimate.layer} ({estimate.reason})" in line
+    assert "crossed its limit" not in line
+    assert "Heat map" not in line
+    assert list(tmp_path.rglob("*.png")) == []
+
+
+def test_a_run_without_limits_does_not_say_that_they_held(tmp_path: Path, said: list[str]) -> None:
+    fit(Deep(layered(), lambda p: torch.optim.Rprop(p, lr=1e-3)), [CFLMonitor(every_n_steps=1)], tmp_path)
+    (line,) = [line for line in said if "layer-wise readings" in line]
+    assert "no limit that is known" in line
+    assert "crossed its limit" not in line
+    assert "Heat map" in line
+
+
 @pytest.mark.parametrize("how", ["argument", "environment"])
 def test_switched_off_does_nothing(how: str, tmp_path: Path, monkeypatch: Any) -> None:
     if how == "environment":
@@ -624,16 +647,16 @@ def test_each_can_be_switched_off_alone(off: str, tmp_path: Path) -> None:
     monitor = CFLMonitor(every_n_steps=2, enabled=off != "companion")
     fit(Line(0.1), [host, monitor], tmp_path)
     assert len(host.readings) == (0 if off == "host" else 5)
-    assert (tmp_path / "cfl_readings.jsonl").exists() == (off == "host")
+    assert (logs_of(tmp_path) / "cfl_readings.jsonl").exists() == (off == "host")
 
 
 def test_host_forgets_a_companion_that_is_not_attached_any_more(tmp_path: Path) -> None:
     host, monitor = EdgeOfStabilityMonitor(every_n_steps=1), CFLMonitor()
     fit(Line(0.1), [host, monitor], tmp_path)
     fit(Line(0.1), [host], tmp_path)
-    assert len({row["run"] for row in rows_of(tmp_path)}) == 1
+    assert list(logs_of(tmp_path).glob("cfl_*")) == []
     fit(Line(0.1), [host, monitor], tmp_path)
-    assert len({row["run"] for row in rows_of(tmp_path)}) == 2
+    assert len({row["run"] for row in rows_of(tmp_path)}) == 1
 
 
 def test_synchronized_batch_norm_is_refused() -> None:
@@ -733,4 +756,4 @@ def test_the_first_of_two_processes_measures_and_writes(fault: str, tmp_path: Pa
     assert found[0]["steps"] == (found[0]["readings"] if fault == "none" else [])
     assert sorted(found[0]["layers"]) == (["net.0", "net.3"] if fault == "none" else [])
     assert (found[1]["steps"], found[1]["layers"]) == ([], [])
-    assert (tmp_path / "with" / "cfl_layers.png").exists() == (fault == "none")
+    assert (tmp_path / "with" / "rows" / "version_0" / "cfl_layers.png").exists() == (fault == "none")

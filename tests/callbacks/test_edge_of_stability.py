@@ -5,17 +5,24 @@ import json
 import logging
 import math
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
 from torch import nn
 
 from eos_monitor import Alert, EdgeOfStabilityMonitor, Probe, Solver, Verdict
 from eos_monitor.callbacks import monitored_fit
+from eos_monitor.dashboard.layout import custom_scalars_layout
+from tests.callbacks.runs import logs_of
 
 pl = importlib.import_module("pytorch_lightning")
 
@@ -115,23 +122,23 @@ def test_rows_reach_tensorboard_under_lightnings_own_step(namespace: str, tmp_pa
     assert tags == {f"eos/{key}" for key in [*scalars, "verdict", "matvecs", "overhead"]}
     assert events.Tags()["images"] == ["eos/run"]
     assert "eos/alerts/text_summary" in events.Tags()["tensors"]
-    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    layout = EventAccumulator(f"{logger.log_dir}/eos_layout").Reload()
+    assert layout.Tags()["tensors"] == ["custom_scalars__config__"]
     assert (Path(logger.log_dir) / "eos_run.png").stat().st_size > 10_000
 
 
 def test_rows_are_in_the_file_with_run_id_and_verdict(tmp_path: Path) -> None:
     monitor = EdgeOfStabilityMonitor(every_n_steps=2)
     fit(Net(), monitor, tmp_path)
-    rows = rows_of(tmp_path / "eos_readings.jsonl")
+    rows = rows_of(logs_of(tmp_path) / "eos_readings.jsonl")
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert {row["verdict"] for row in rows} == {"STABLE"}
     assert len({row["run"] for row in rows}) == 1
     assert rows[0]["edge_ratio"] == monitor.readings[0].edge_ratio
-    fit(Net(), monitor, tmp_path)  # a second fit starts afresh and appends
-    rows = rows_of(tmp_path / "eos_readings.jsonl")
-    assert len({row["run"] for row in rows}) == 2
-    assert len(monitor.readings) == 3
-    assert len(rows) == 6
+    fit(Net(), monitor, tmp_path)  # a second fit starts afresh, elsewhere
+    again = rows_of(logs_of(tmp_path) / "eos_readings.jsonl")
+    assert {row["run"] for row in again}.isdisjoint({row["run"] for row in rows})
+    assert len(monitor.readings) == len(again) == 3
 
 
 def test_learning_rate_is_the_one_the_step_uses(tmp_path: Path) -> None:
@@ -288,7 +295,7 @@ def test_switched_off_does_nothing(how: str, tmp_path: Path, monkeypatch: Any) -
     monitor = EdgeOfStabilityMonitor(every_n_steps=1, enabled=how == "environment")
     fit(Net(), monitor, tmp_path)
     assert monitor.readings == []
-    assert not (tmp_path / "eos_readings.jsonl").exists()
+    assert list(tmp_path.rglob("eos_readings.jsonl")) == []
     assert monitor.report() == "No reading was taken."
 
 
@@ -557,3 +564,68 @@ def test_finite_differences_as_the_method(tmp_path: Path) -> None:
     assert {reading.method for reading in monitor.readings} == {"fd"}
     # float32 gradients over a step of 1e-3 or 1e-2: some 1e-4
     assert monitor.readings[0].sharpness == pytest.approx(9.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("when", ["on_fit_start", "on_train_end"])
+def test_the_users_own_layout_and_ours_are_both_shown(when: str, tmp_path: Path) -> None:
+    """As TensorBoard itself merges what is in the folder, whichever was written first."""
+    mine = {"Mine": {"losses": ["Multiline", ["train_loss"]]}}
+
+    class Own(Net):
+        pass
+
+    setattr(Own, when, lambda self: self.logger.experiment.add_custom_scalars(mine))
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    watches = [EdgeOfStabilityMonitor(every_n_steps=2), EdgeOfStabilityMonitor(every_n_steps=2)]
+    fit(Own(), watches[0], tmp_path, logger=logger, callbacks=watches)
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what it vendors
+        plugins = importlib.import_module("tensorboard.plugins.custom_scalar.custom_scalars_plugin")
+    plugin = plugins.CustomScalarsPlugin(TBContext(data_provider=provider))
+    found = json.loads(plugin.layout_impl(RequestContext(), ""))
+    charts = {category["title"]: category["chart"] for category in found["category"]}
+    assert set(charts) == {"Mine", "Edge of stability", "Edge of stability (eos-2)"}
+    assert [chart["title"] for chart in charts["Mine"]] == ["losses"]
+    for title, name in (("Edge of stability", "eos"), ("Edge of stability (eos-2)", "eos-2")):
+        wanted = custom_scalars_layout(name)[title]
+        assert [chart["title"] for chart in charts[title]] == list(wanted)
+        assert charts[title][0]["multiline"]["tag"] == wanted[charts[title][0]["title"]][1]
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "together"])
+def test_why_a_reading_is_stale_is_told_once_and_kept(apart: bool, tmp_path: Path, caplog: Any) -> None:
+    """Rates that are set inside the step: by one factor the reading follows them, apart it says which they were."""
+
+    class Sets(Net):
+        def configure_optimizers(self) -> Any:
+            other = self.other = nn.Parameter(torch.zeros(1))
+            groups = [{"params": self.net.parameters(), "lr": 0.1}, {"params": [other], "lr": 0.2}]
+            return torch.optim.SGD(groups)
+
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+            step = self.trainer.global_step
+            first, second = optimizer.param_groups
+            first["lr"] = 0.1 / 2 ** (step + 1)
+            second["lr"] = 0.2 / (3 if apart else 2) ** (step + 1)
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch, batch_idx) + self.other.square().sum()
+
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1)
+    with caplog.at_level(logging.INFO):
+        fit(Sets(), monitor, tmp_path)
+    stepped = monitor.readings[:4]
+    assert [reading.stale for reading in stepped] == [apart] * 4
+    told = [record.getMessage() for record in caplog.records if "not move the verdict" in record.getMessage()]
+    if apart:
+        assert len(told) == 1
+        assert "from 0.1, 0.2 to 0.05, 0.0667" in told[0]
+        assert "from 0.05, 0.0667 to 0.025, 0.0222" in stepped[1].notes[-1]
+    else:
+        assert told == []
+        assert [reading.edge_ratio for reading in stepped] == pytest.approx(
+            [9.0 * 0.1 / 2 ** (step + 1) / 2 for step in range(4)], rel=1e-4
+        )

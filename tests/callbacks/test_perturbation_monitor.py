@@ -15,7 +15,7 @@ from eos_monitor.callbacks.observer import Observers
 from eos_monitor.callbacks.perturbation_monitor import PerturbationMonitor
 from eos_monitor.callbacks.reading_context import ReadingContext
 from eos_monitor.perturbation import relative_l1
-from tests.callbacks.runs import CLASSES, FEATURES, NAMESPACES, Case, differences, mlp, run
+from tests.callbacks.runs import CLASSES, FEATURES, NAMESPACES, Case, differences, logs_of, mlp, run
 
 _SETTINGS: dict[str, Any] = {"every_n_steps": 2, "probe": Probe(samples=16)}
 CASES = {
@@ -128,7 +128,9 @@ def test_copies_take_the_steps_that_the_run_takes(scheduled: bool, tmp_path: Pat
     assert step == 4
     # The same operations on the same numbers in double precision
     assert twins.losses == pytest.approx(losses[4:14], rel=1e-12)
-    [row] = [json.loads(line) for line in (Path(trainer.log_dir) / "twins_readings.jsonl").read_text().splitlines()]
+    [row] = [
+        json.loads(line) for line in (logs_of(Path(trainer.log_dir)) / "twins_readings.jsonl").read_text().splitlines()
+    ]
     assert (row["step"], row["verdict"], row["steps"]) == (4, twins.verdict, 10)
     assert row["gain"] == pytest.approx(twins.gain)
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from eos_monitor import EdgeOfStabilityMonitor, Probe, Solver
+from tests.callbacks.runs import logs_of
 
 SAMPLES, BATCH = 32, 4
 
@@ -61,7 +62,7 @@ def fit(
     )
     module = Regression(optimizers)
     runner.fit(module, DataLoader(data(), batch_size=batch_size))
-    rows = [json.loads(line) for line in (folder / "eos_readings.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (logs_of(folder) / "eos_readings.jsonl").read_text().splitlines()]
     return module, monitor, rows
 
 

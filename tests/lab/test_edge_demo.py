@@ -264,10 +264,10 @@ def test_tensorboard_serves_layout_and_image(demo: EdgeDemo) -> None:
             with opener.open(f"{address}data/{path}", timeout=30) as answer:
                 return json.load(answer)
 
-        while len(get("runs")) < 3 and time.monotonic() < deadline:
+        while len(get("runs")) < 6 and time.monotonic() < deadline:
             time.sleep(0.5)
         runs = {str(run.folder.relative_to(folder)) for run in demo.runs}
-        assert set(get("runs")) == runs
+        assert set(get("runs")) == runs | {f"{run}/eos_layout" for run in runs}
         images = get("plugin/images/tags")
         layout = get("plugin/custom_scalars/layout")
     assert {run: set(tags) for run, tags in images.items()} == {run: {"eos/run"} for run in runs}

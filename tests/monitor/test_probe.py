@@ -368,6 +368,71 @@ def test_rows_are_appended_as_json_lines(tmp_path: Path) -> None:
     assert len({row["run"] for row in rows[1:]}) == 1
 
 
+def test_rows_are_appended_once(tmp_path: Path) -> None:
+    """However often they are filed; a file that was taken away, or another one, gets all of them."""
+    net = Net()
+    probe = StabilityProbe(net, SGD(net.parameters(), lr=0.05), loss_fn, every_n_steps=1, probe=Probe(samples=8))
+    draw = stream()
+    file, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+
+    def steps_in(path: Path) -> list[int]:
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+    for step in range(6):
+        probe.step(draw())
+        if step % 2:
+            probe.to_jsonl(file)
+            probe.to_jsonl(str(file))
+    assert steps_in(file) == list(range(6))
+    probe.to_jsonl(other)
+    assert steps_in(other) == list(range(6))
+    file.unlink()
+    probe.to_jsonl(file)
+    assert steps_in(file) == list(range(6))
+
+
+@pytest.mark.parametrize("ask", ["verdict", "report", "state_dict", "to_jsonl"])
+@pytest.mark.parametrize("last", [1, 20])
+def test_losses_that_are_read_in_lots_are_read_when_asked(ask: str, last: int, tmp_path: Path) -> None:
+    """As on an accelerator: the losses of 64 steps wait for one another, and the run ends with some that are NaN."""
+    net = Net()
+    told: list[Alert] = []
+    probe = StabilityProbe(
+        net, SGD(net.parameters(), lr=0.01), loss_fn, every_n_steps=70, probe=Probe(samples=8), alerts=[told.append]
+    )
+    probe._steps._cheap = False
+    probe._steps._buffered = 64
+    draw = stream()
+    for step in range(100):
+        probe.step(draw(), torch.tensor(math.nan if step >= 100 - last else 1.0))
+    assert all(alert.verdict is not Verdict.DIVERGING for alert in told)
+    if ask == "verdict":
+        assert probe.verdict is Verdict.DIVERGING
+    elif ask == "report":
+        assert "DIVERGING" in probe.report()
+    elif ask == "state_dict":
+        assert probe.state_dict()["detector"]["verdict"][0] == int(Verdict.DIVERGING)
+    else:
+        probe.to_jsonl(tmp_path / "rows.jsonl")
+    assert [alert.step for alert in told if alert.verdict is Verdict.DIVERGING] == [100 - last]
+
+
+def test_a_reading_is_judged_after_the_steps_before_it() -> None:
+    net = Net()
+    probe = StabilityProbe(net, SGD(net.parameters(), lr=0.01), loss_fn, every_n_steps=30, probe=Probe(samples=8))
+    probe._steps._cheap = False
+    probe._steps._buffered = 64
+    seen: list[int] = []
+    real = probe._engine.detector.update
+    probe._engine.detector.update = lambda step, **inputs: seen.append(step) or real(step, **inputs)
+    draw = stream()
+    for _ in range(100):
+        probe.step(draw(), torch.tensor(1.0))
+    assert probe.verdict is not Verdict.DIVERGING
+    assert seen == sorted(seen)
+    assert set(seen) == set(range(100))
+
+
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, {"a": math.nan, "b": (math.inf, 1.0, {"c": -math.inf}), "d": None, "e": "x", "f": 3})
