@@ -113,6 +113,19 @@ class Basis:
         """Return the product of the last row."""
         return self._w[self.count - 1]
 
+    def remainder(self) -> tuple[Tensor, float]:
+        """Return the last product without its part in the basis, and its length."""
+        rows = self._v[: self.count]
+        rest = self._w[self.count - 1].clone()
+        for _ in range(2):
+            rest.addmv_(rows.T, rows @ rest, alpha=-1)
+        return rest, length_of(rest)
+
+    def recurrence(self, first: int) -> tuple[list[float], list[float]]:
+        """Return the diagonal of T from row ``first`` on, and what stands beside it."""
+        part = self._t[first : self.count, first : self.count]
+        return part.diagonal().tolist(), part.diagonal(1).abs().tolist()
+
     def rayleigh_ritz(self) -> tuple[Tensor, Tensor]:
         """Return the Ritz values θ, largest first, and their vectors' coefficients s on the rows, one a column."""
         theta, s = torch.linalg.eigh(self._t[: self.count, : self.count])
