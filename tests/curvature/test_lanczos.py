@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eos_monitor import Spectrum, lanczos
 from eos_monitor.curvature.audit import Audit, largest_possible
@@ -474,3 +475,30 @@ def test_the_default_stop_finds_the_top_of_a_close_pair() -> None:
         )
         assert found.converged
         assert float(found.eigenvalues[0]) == pytest.approx(1.0, rel=1e-4)
+
+
+class TF32(TorchDispatchMode):
+    """Rounds the inputs of matrix-matrix products to 10 bits, as an accelerator does where its flags allow TF32."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            args = [tf32(a) if isinstance(a, Tensor) and a.dtype == torch.float32 else a for a in args]
+        return func(*args, **(kwargs or {}))
+
+
+def tf32(a: Tensor) -> Tensor:
+    return ((a.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_solver_is_exact_whatever_the_tf32_flags(seed: int) -> None:
+    diagonal = torch.cat([torch.tensor([1.0, 0.9]), torch.linspace(-0.5, 0.7, 1998)])
+    with TF32():
+        assert float(torch.eye(1)[0] @ torch.tensor([1 / 3])) == pytest.approx(1 / 3, abs=1e-8)
+        assert float(torch.full((1, 1), 1 / 3) @ torch.eye(1)) != pytest.approx(1 / 3, abs=1e-5)
+        found = lanczos(
+            lambda v: diagonal * v, size=2000, k=2, rtol=1e-5, generator=torch.Generator().manual_seed(seed)
+        )
+    assert found.converged
+    assert found.matvecs > 20  # through a restart
+    assert found.eigenvalues.tolist() == pytest.approx([1.0, 0.9], rel=1e-5)
