@@ -87,7 +87,8 @@ def lanczos(
         device: Device of the vectors; default CPU for a function.
         k: How many eigenpairs, 1 ≤ k ≤ n.
         v0: Start vector ``(n,)`` or block ``(n, j)``; random normal when None.
-        rtol: Relative residual at which an eigenpair counts as converged, ≥ 0.
+        rtol: Relative residual at which an eigenpair counts as converged, ≥ 0. At 1e-2 one call in eight sat on the
+            second of two eigenvalues 3 % apart.
         atol: Absolute residual that is accepted whatever θ is; for eigenvalues near 0.
         max_matvecs: Bound on the number of products, ≥ k.
         generator: Source of the random start (and of replacements for dependent vectors); seed 0 when None.
