@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eos_monitor.cfl.objective import Objective
+from eos_monitor.curvature.audit import Audit
+from eos_monitor.curvature.lanczos import Spectrum, lanczos_recycled
 
 _KEPT = 4  # gradient graphs; with more batches they are rebuilt at every product
+# A solve that ends within its start, or at the floor of decay, may hold nothing but an invariant vector.
+_LEAST_AUDIT = 3
+_MOST_AUDIT = 14
+_NEAR = 5e-3
 
 
 class HessianBlocks:
@@ -59,3 +66,73 @@ class HessianBlocks:
             return [(alias, None) for alias in aliases]
         gradients = torch.autograd.grad(loss.reshape(()), aliases, create_graph=True, allow_unused=True)
         return list(zip(aliases, gradients, strict=True))
+
+
+@dataclass(frozen=True)
+class ScaledBlock:
+    """A block in the coordinates of its limit, C^-½ (H + W) C^-½, as an operator.
+
+    Attributes:
+        matvec: Its products, ``(n,)``.
+        weight: The weight.
+        floor: Largest eigenvalue of the decay alone.
+    """
+
+    matvec: Callable[[Tensor], Tensor]
+    weight: Tensor
+    floor: float
+
+    @property
+    def size(self) -> int:
+        """Dimension of the vectors."""
+        return self.weight.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the vectors."""
+        return basis_dtype(self.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the vectors."""
+        return self.weight.device
+
+    def solve(
+        self, start: Tensor | None, products: int, rtol: float, random: torch.Generator, *, deep: bool
+    ) -> Spectrum:
+        """Return the top pair, from ``start`` or a random vector.
+
+        Args:
+            start: Vector to start from, ``(n,)``.
+            products: Most products, without those that look beyond a solve that has converged.
+            rtol: Relative residual to reach.
+            random: Source of random vectors.
+            deep: Whether to look on until nothing larger is left, and not for three products only.
+        """
+        most = _MOST_AUDIT if deep else _LEAST_AUDIT
+
+        def audit(spectrum: Spectrum, inside: bool) -> Audit | None:
+            theta = float(spectrum.eigenvalues[0])
+            if not inside and theta > self.floor + _NEAR * abs(theta):
+                return None
+            return Audit(self._random_vector(random), 1.0 / self.size, _LEAST_AUDIT, most, _NEAR, 0.0)
+
+        return lanczos_recycled(
+            self,
+            (self._random_vector(random) if start is None else start.to(self.dtype))[:, None],
+            k=1,
+            rtol=rtol,
+            atol=1e-6 * abs(self.floor),
+            max_matvecs=products + most,
+            budget=products,
+            generator=random,
+            audit=audit,
+        ).spectrum
+
+    def _random_vector(self, random: torch.Generator) -> Tensor:
+        return torch.randn(self.size, generator=random, dtype=self.dtype).to(self.device)
+
+
+def basis_dtype(weight: Tensor) -> torch.dtype:
+    """Return the type of a basis of the weight's space; one in half precision would not be one."""
+    return torch.promote_types(weight.dtype, torch.float32)

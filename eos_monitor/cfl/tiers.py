@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from eos_monitor.cfl.blocks import HessianBlocks
+from eos_monitor.cfl.blocks import HessianBlocks, ScaledBlock, basis_dtype
 from eos_monitor.cfl.capture import layer_names
 from eos_monitor.cfl.curvature_terms import CurvatureTerms, curvature_terms
 from eos_monitor.cfl.estimate import CFLEstimate
@@ -218,8 +218,9 @@ class CFLGauge:
             start = starts[0] + sum((torch.sign(starts[0] @ v) or 1.0) * v for v in starts[1:])
         products = _TO_CONVERGENCE if self._exact else _EXACT_WARM if len(starts) == 2 else _EXACT_COLD
         rtol = self._rtol if self._exact else _EARLY_STOP
-        scaled = _scaled(lambda v: blocks.matvec(i, v), weight, limit)
-        return _solve(scaled, weight, start, products, rtol, random)
+        floor = 0.0 if limit is None else float((limit.l2 * limit.scale.square()).max())
+        block = ScaledBlock(_scaled(lambda v: blocks.matvec(i, v), weight, limit), weight, floor)
+        return block.solve(start, products, rtol, random, deep=self._exact)
 
 
 def estimate_cfl(
@@ -299,7 +300,7 @@ def estimate_cfl(
 
 def _scaled(matvec: _Product, weight: Tensor, limit: LayerLimit | None) -> _Product:
     """Return C^-½ (±A + W) C^-½ as an operator, or A itself where there is no limit."""
-    dtype = _basis_dtype(weight)
+    dtype = basis_dtype(weight)
 
     def scaled(u: Tensor) -> Tensor:
         v = u if limit is None else limit.scale * u
@@ -316,18 +317,13 @@ def _solve(
     return lanczos(
         operator,
         size=weight.numel(),
-        dtype=_basis_dtype(weight),
+        dtype=basis_dtype(weight),
         device=weight.device,
         v0=start,
         rtol=rtol,
         max_matvecs=products,
         generator=random,
     )
-
-
-def _basis_dtype(weight: Tensor) -> torch.dtype:
-    # A basis in half precision would not be one.
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _start_of(layer: LayerCurvature, limit: LayerLimit | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eos_monitor.curvature.norms import length_of
+from eos_monitor.curvature.norms import combinations, length_of
 
 _LITTLE_REMOVED = 0.7  # of the length left after one orthogonalization: what is left is orthogonal to rounding
 
@@ -113,6 +113,19 @@ class Basis:
         """Return the product of the last row."""
         return self._w[self.count - 1]
 
+    def remainder(self) -> tuple[Tensor, float]:
+        """Return the last product without its part in the basis, and its length."""
+        rows = self._v[: self.count]
+        rest = self._w[self.count - 1].clone()
+        for _ in range(2):
+            rest.addmv_(rows.T, rows @ rest, alpha=-1)
+        return rest, length_of(rest)
+
+    def recurrence(self, first: int) -> tuple[list[float], list[float]]:
+        """Return the diagonal of T from row ``first`` on, and what stands beside it."""
+        part = self._t[first : self.count, first : self.count]
+        return part.diagonal().tolist(), part.diagonal(1).abs().tolist()
+
     def rayleigh_ritz(self) -> tuple[Tensor, Tensor]:
         """Return the Ritz values θ, largest first, and their vectors' coefficients s on the rows, one a column."""
         theta, s = torch.linalg.eigh(self._t[: self.count, : self.count])
@@ -120,20 +133,21 @@ class Basis:
 
     def ritz_vectors(self, s: Tensor, top: int) -> Tensor:
         """Return the first ``top`` Ritz vectors, one a row."""
-        return s[:, :top].T.to(self._v) @ self._v[: self.count]
+        return combinations(s[:, :top].T, self._v[: self.count])
 
     def residuals(self, theta: Tensor, s: Tensor, top: int) -> Tensor:
         """Return ``A v − θ v`` of the first ``top`` Ritz vectors, one a row."""
-        coefficients = s[:, :top].T.to(self._v)
-        shift = theta[:top, None].to(self._v)
-        return torch.addmm(coefficients @ self._w[: self.count], -shift * coefficients, self._v[: self.count])
+        coefficients = s[:, :top].T
+        rest = combinations(coefficients, self._w[: self.count])
+        return rest.sub_(combinations(theta[:top, None] * coefficients, self._v[: self.count]))
 
     def restart(self, s: Tensor, keep: int) -> None:
         """Put the first ``keep`` Ritz vectors in the place of all rows."""
-        coefficients = s[:, :keep].T.to(self._v)
-        self._v[:keep] = coefficients @ self._v[: self.count]
-        self._w[:keep] = coefficients @ self._w[: self.count]
-        self._t[:keep, :keep] = (
-            (self._v[:keep] @ self._w[:keep].T).double().cpu() + (self._w[:keep] @ self._v[:keep].T).double().cpu()
-        ) / 2
+        coefficients = s[:, :keep].T
+        self._v[:keep] = combinations(coefficients, self._v[: self.count])
+        self._w[:keep] = combinations(coefficients, self._w[: self.count])
+        for i in range(keep):
+            row = self._w[:keep].mv(self._v[i]).double().cpu()
+            column = self._v[:keep].mv(self._w[i]).double().cpu()
+            self._t[i, :keep] = (row + column) / 2
         self.count = keep

@@ -12,8 +12,8 @@ from torch import Tensor
 
 # Steps of the self-check along a unit vector. In double precision they are so small that hardly any kink (ReLU,
 # max-pooling) lies within reach, which is what makes the comparison sharp; in float32 rounding forbids that.
-_DOUBLE_STEPS = (1e-7, 1e-6)
-_FLOAT_STEPS = (1e-4, 1e-3, 1e-2)
+_DOUBLE_STEPS: Sequence[float] = (1e-7, 1e-6)
+_FLOAT_STEPS: Sequence[float] = (1e-4, 1e-3, 1e-2)
 # Sizes that a calibration chooses from.
 _CALIBRATION = {torch.float32: (1e-2, 1e-3, 1e-4), torch.float64: (1e-4, 1e-5, 1e-6)}
 # Measured, whole vector: right products differ by < 1e-4 on smooth nets and up to 0.07 where a float32 step crosses
@@ -88,19 +88,31 @@ def check_product(
         error: Relative error that the product itself has from finite differences.
     """
     dtype = torch.float64
+    sizes = [0.0]  # of the gradients
+
+    def noted(shift: Tensor, **settings: torch.dtype) -> Tensor:
+        found = gradient(shift, **settings)
+        sizes.append(float(torch.linalg.vector_norm(found)))
+        return found
+
+    steps = _DOUBLE_STEPS
     try:
-        differences = central_differences(partial(gradient, dtype=dtype), direction.to(dtype), _DOUBLE_STEPS)
+        differences = central_differences(partial(noted, dtype=dtype), direction.to(dtype), steps)
     except (RuntimeError, TypeError, ValueError):  # a dtype written down in the loss, or a device without doubles
         dtype = torch.float32
-        differences = central_differences(gradient, direction, _FLOAT_STEPS)
-    mismatch = min(_relative_distance(difference, product) for difference in differences)
+        steps = _FLOAT_STEPS
+        differences = central_differences(noted, direction, steps)
+    # Both are rounding of the gradients where there is no curvature, and a ratio of them means nothing.
+    floors = [8 * torch.finfo(dtype).eps * max(sizes) / h for h in steps]
+    mismatch = min(_relative_distance(d, product, floor) for d, floor in zip(differences, floors, strict=True))
     uncertainty = min(_relative_distance(a, b) for a, b in pairwise(differences))
     accepted = max(_SMOOTH_TOLERANCE, rounding, min(_KINKED_TOLERANCE, 3 * max(uncertainty, error)))
     return ProductCheck(mismatch, uncertainty, mismatch <= accepted, dtype)
 
 
-def _relative_distance(a: Tensor, b: Tensor) -> float:
+def _relative_distance(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
+    """Return ‖a − b‖ over the greater length; 0 if neither is above the floor."""
     a = a.double()
     b = b.double()
     scale = max(float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b)))
-    return float(torch.linalg.vector_norm(a - b)) / scale if scale > 0.0 else 0.0
+    return float(torch.linalg.vector_norm(a - b)) / scale if scale > floor else 0.0

@@ -8,12 +8,14 @@ no product, and the basis stays small enough (20 vectors) that complete reorthog
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eos_monitor.curvature.audit import Audit, look_beyond
 from eos_monitor.curvature.basis import Basis, dimension_of
 from eos_monitor.curvature.norms import length_of
 
@@ -40,6 +42,18 @@ class Spectrum:
     converged: bool
 
 
+@dataclass(frozen=True)
+class _Stop:
+    """Residual at which a pair has converged, relative to ``|θ − shift|`` and absolute."""
+
+    rtol: float
+    atol: float
+    shift: float = 0.0
+
+    def tolerances(self, theta: Tensor) -> Tensor:
+        return torch.clamp(self.rtol * (theta - self.shift).abs(), min=self.atol)
+
+
 def lanczos(
     operator: Any,
     *,
@@ -48,7 +62,7 @@ def lanczos(
     device: torch.device | str | None = None,
     k: int = 1,
     v0: Tensor | None = None,
-    rtol: float = 1e-2,
+    rtol: float = 1e-4,
     atol: float = 0.0,
     max_matvecs: int = 64,
     generator: torch.Generator | None = None,
@@ -73,7 +87,8 @@ def lanczos(
         device: Device of the vectors; default CPU for a function.
         k: How many eigenpairs, 1 ≤ k ≤ n.
         v0: Start vector ``(n,)`` or block ``(n, j)``; random normal when None.
-        rtol: Relative residual at which an eigenpair counts as converged, ≥ 0.
+        rtol: Relative residual at which an eigenpair counts as converged, ≥ 0. At 1e-2 one call in eight sat on the
+            second of two eigenvalues 3 % apart.
         atol: Absolute residual that is accepted whatever θ is; for eigenvalues near 0.
         max_matvecs: Bound on the number of products, ≥ k.
         generator: Source of the random start (and of replacements for dependent vectors); seed 0 when None.
@@ -99,7 +114,24 @@ def lanczos(
     n = dimension_of(operator, size)
     _check_arguments(n, k, rtol, atol, max_matvecs)
     basis = Basis(operator, n, _capacity(n, k), dtype=dtype, device=device, generator=generator)
-    return _iterate(basis, v0, k, rtol, atol, max_matvecs)[0]
+    return _iterate(basis, v0, k, _Stop(rtol, atol), max_matvecs)[0]
+
+
+@dataclass(frozen=True)
+class Recycled:
+    """A solve with what the next one starts from.
+
+    Attributes:
+        spectrum: Top of the spectrum.
+        block: Leading Ritz vectors, ``(n, j)``.
+        scout: The Ritz vector that comes after them, ``(n,)``; None if there is none.
+        open: By how much an eigenvalue that was not found may exceed the last one of ``spectrum``.
+    """
+
+    spectrum: Spectrum
+    block: Tensor
+    scout: Tensor | None
+    open: float
 
 
 def lanczos_recycled(
@@ -111,20 +143,64 @@ def lanczos_recycled(
     atol: float,
     max_matvecs: int,
     generator: torch.Generator,
-    explore: int = 0,
+    budget: int | None = None,
+    shift: float = 0.0,
+    audit: Callable[[Spectrum, bool], Audit | None] | None = None,
     share: float = 0.85,
     width: int = 4,
-) -> tuple[Spectrum, Tensor]:
+) -> Recycled:
     """Solve as :func:`lanczos` does and also return the block ``(n, j)`` to start from at a nearby operator.
 
-    ``explore`` products go into the Krylov space of the last column of ``block`` before any stop. The block returned
-    holds the leading Ritz vectors with ``θᵢ ≥ share · θ₁``: at least k of them and at most ``max(width, k)``. At
-    the edge of stability several eigenvalues crowd at the top, and a single recycled vector follows the wrong one.
+    Residuals are relative to ``|θ − shift|``. Without an audit at most ``budget`` products are spent. ``audit`` is
+    asked once the solve has converged, with the spectrum and whether it is within the span of ``block``; that is
+    done, and the solve goes on where that brings a larger eigenvalue to light. The block returned holds the leading
+    Ritz vectors with ``θᵢ ≥ share · θ₁``: at least k of them and at most ``max(width, k)``. At the edge of stability
+    several eigenvalues crowd at the top, and a single recycled vector follows the wrong one.
     """
     basis = Basis(operator, operator.size, _capacity(operator.size, k), generator=generator)
-    spectrum, theta, s = _iterate(basis, block, k, rtol, atol, max_matvecs, explore)
+    stop = _Stop(rtol, atol, shift)
+    spectrum, theta, s = _iterate(basis, block, k, stop, max_matvecs if budget is None else budget)
+    wanted = None
+    if audit is not None and spectrum.converged and basis.count < basis.n:
+        columns = 0 if block is None else block.shape[1]
+        wanted = audit(spectrum, spectrum.matvecs <= columns)
+    bound = -math.inf
+    if wanted is not None:
+        spent = spectrum.matvecs + _settle(basis, wanted, k, columns, max_matvecs - spectrum.matvecs)
+        _, s = basis.rayleigh_ritz()
+        room = min(wanted.most, max_matvecs - spent)
+        if basis.capacity - basis.count < room:
+            basis.restart(s, keep=min(basis.count, max(k, basis.capacity - room)))
+        if room > 0:
+            bound, added = look_beyond(basis, replace(wanted, most=room), k)
+            spent += added
+        spectrum, theta, s = _go_on(basis, k, stop, max_matvecs, spent)
+        if room < wanted.least and basis.count < basis.n:
+            spectrum = replace(spectrum, converged=False)  # the products were spent before it could be audited
     leading = int((theta[: max(width, k)] >= share * theta[0].clamp(min=0.0)).sum())
-    return spectrum, basis.ritz_vectors(s, max(k, leading)).T
+    kept = max(k, leading)
+    vectors = basis.ritz_vectors(s, min(kept + 1, s.shape[1]))
+    scout = vectors[kept] if len(vectors) > kept else None
+    return Recycled(spectrum, vectors[:kept].T, scout, max(0.0, bound - float(theta[min(k, len(theta)) - 1])))
+
+
+def _settle(basis: Basis, audit: Audit, k: int, columns: int, most: int) -> int:
+    """Add residuals of the pairs from a start block that might yet rise above the k-th; return the products."""
+    spent = 0
+    while spent < min(most, audit.most):
+        theta, s = basis.rayleigh_ritz()
+        count = min(columns, len(theta))
+        residual_vectors = basis.residuals(theta, s, count)
+        lengths = torch.tensor([length_of(vector) for vector in residual_vectors], dtype=torch.float64)
+        excess = (theta[:count] + lengths - audit.enough(theta, k))[k:]
+        if not bool((excess > 0.0).any()):
+            break
+        if basis.count == basis.capacity:
+            basis.restart(s, keep=k + (basis.capacity - k) // 2)
+        if not basis.add(residual_vectors[k + int(excess.argmax())]):
+            break
+        spent += 1
+    return spent
 
 
 def _capacity(n: int, k: int) -> int:
@@ -135,26 +211,24 @@ def _iterate(
     basis: Basis,
     v0: Tensor | None,
     k: int,
-    rtol: float,
-    atol: float,
+    stop: _Stop,
     max_matvecs: int,
-    explore: int = 0,
 ) -> tuple[Spectrum, Tensor, Tensor]:
     matvecs = 0
     for start in _start_vectors(v0, basis):
         if matvecs < max_matvecs and basis.add(start):
             matvecs += 1
-    while explore > 0 and matvecs < max_matvecs and basis.count < basis.capacity:
-        if not basis.add(basis.last_product()):
-            break
-        matvecs += 1
-        explore -= 1
+    return _go_on(basis, k, stop, max_matvecs, matvecs)
+
+
+def _go_on(basis: Basis, k: int, stop: _Stop, max_matvecs: int, matvecs: int) -> tuple[Spectrum, Tensor, Tensor]:
+    """Add residuals to a basis until it has converged."""
     while True:
         theta, s = basis.rayleigh_ritz()
         top = min(k, len(theta))
         residual_vectors = basis.residuals(theta, s, top)  # (top, n)
         residuals = torch.tensor([length_of(vector) for vector in residual_vectors], dtype=torch.float64)
-        open_pairs = residuals > torch.clamp(rtol * theta[:top].abs(), min=atol)
+        open_pairs = residuals > stop.tolerances(theta[:top])
         # With n basis vectors the residuals are rounding.
         converged = basis.count == basis.n or (top == k and not bool(open_pairs.any()))
         if converged or matvecs >= max_matvecs:

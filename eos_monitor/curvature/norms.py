@@ -35,3 +35,12 @@ def quadratic_form(c: Tensor, x: Tensor) -> float:
         terms = weights * (c if len(c) == 1 else c[start : start + _SLICE].double())
         total += float(torch.where(weights > 0.0, terms, 0.0).sum())
     return total
+
+
+def combinations(coefficients: Tensor, rows: Tensor) -> Tensor:
+    """Return ``coefficients @ rows``, ``(k, n)``, in the full precision of the rows.
+
+    One matrix-vector product a row: matrix-matrix products of float32 are rounded to TF32 on accelerators where the
+    run's flags allow it, and no residual gets below that.
+    """
+    return torch.stack([rows.T.mv(row) for row in coefficients.to(rows)])

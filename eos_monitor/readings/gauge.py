@@ -49,6 +49,7 @@ class Gauge:
         self._raw_solver = WarmSolver(1, solver, self._random)
         self._products: CheckedProducts | None = None  # of the first reading that needs any
         self._sampling = SamplingError()
+        self._edges = 0  # readings of a sample with a positive edge
         self._step: FiniteDifferenceStep | None = None
 
     @property
@@ -121,7 +122,7 @@ class Gauge:
         """Add the edge ratio and what follows from it; return the critical mode too, None if products are wrong."""
         solution = self._solve(operator, curvature)
         mode = solution.mode
-        self._products = self._products or check_products(operator, mode)
+        self._products = self._products or check_products(operator, mode, self._random.vector(operator))
         if self._products.wrong:
             return replace(reading, matvecs=solution.spectrum.matvecs), None
         self.modes = solution.modes
@@ -140,7 +141,10 @@ class Gauge:
 
     def _sampling_error(self, solution: Solution) -> SamplingError:
         """Return the error of the probe being a sample: the last one, but once in ten solves, as it changes slowly."""
-        if solution.top <= 0.0 or self._edge_solver.solves % AUDIT_EVERY != 1:
+        if solution.top <= 0.0:
+            return self._sampling
+        self._edges += 1  # not the solves: one reading may take several
+        if self._edges % AUDIT_EVERY != 1:
             return self._sampling
         found = sampling_error(solution)
         return replace(found, note=found.note or self._sampling.note)
@@ -166,7 +170,9 @@ class Gauge:
             operator, replace(curvature, c=torch.ones_like(curvature.l2), l2=torch.zeros_like(curvature.l2))
         )
         spectrum = self._raw_solver.solve(raw).spectrum
-        self._products = self._products or check_products(operator, spectrum.eigenvectors[:, 0])
+        self._products = self._products or check_products(
+            operator, spectrum.eigenvectors[:, 0], self._random.vector(operator)
+        )
         if self._products.wrong:
             return reading
         alone = reading.edge_ratio is None
@@ -258,7 +264,7 @@ def _with_numbers(
         reading,
         edge_ratio=r,
         eigenvalues=tuple(spectrum.eigenvalues.tolist()),
-        error=residual if sampling is None else math.hypot(residual, sampling),
+        error=math.hypot(residual, solution.open, sampling or 0.0),
         sampling_error=sampling,
         residual=residual / abs(r) if r else 0.0,
         threshold=curvature.threshold,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eos_monitor.curvature.hessian import HessianOperator
+from eos_monitor.curvature.norms import length_of
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,14 @@ class CheckedProducts:
     note: str | None = None
 
 
-def check_products(operator: HessianOperator, v: Tensor) -> CheckedProducts:
-    """Compare the product with ``v``, ``(n,)``, with finite differences."""
+def check_products(operator: HessianOperator, v: Tensor, random: Tensor | None = None) -> CheckedProducts:
+    """Compare the product with ``v``, ``(n,)``, with finite differences.
+
+    Where λ_max is 0 the product with its mode is rounding, and so is the difference. With a ``random`` vector of the
+    same length added there is something to compare; where λ_max is not 0, the mode's part prevails all the same.
+    """
+    if random is not None:
+        v = v / length_of(v) + random / length_of(random)
     check = operator.check(v)
     if not check.passed:
         return CheckedProducts(

@@ -26,8 +26,8 @@ class StabilityReading:
         normalized_sharpness: ``edge_ratio · threshold``; lr·λ_max(H) for gradient descent without decay.
         threshold: Limit of lr·λ_max(P⁻¹(H + W)) for this optimizer: 2 for gradient descent.
         edge_ratio: λ_max(C^-½ (H + W) C^-½); 1 at the full-batch edge.
-        error: RMS error of ``edge_ratio`` as an estimate of its value on all data; numerical only where
-            ``sampling_error`` is None.
+        error: RMS error of ``edge_ratio`` as an estimate of its value on all data: residual, what an audit of the solve
+            leaves open, sampling; numerical only where ``sampling_error`` is None.
         sampling_error: Part of ``error`` that comes from the probe being a sample.
         residual: ``‖A v − θ v‖ / |θ|`` of the top eigenpair.
         eigenvalues: The k largest eigenvalues of C^-½ (H + W) C^-½.

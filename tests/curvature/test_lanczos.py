@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eos_monitor import Spectrum, lanczos
+from eos_monitor.curvature.audit import Audit, largest_possible
 from eos_monitor.curvature.lanczos import lanczos_recycled
 
 
@@ -207,7 +209,7 @@ def test_later_product_that_is_not_finite_raises() -> None:
         ({"k": 0}, "Expected 1 <= `k` <= size = 5, got 0"),
         ({"k": 6}, "Expected 1 <= `k` <= size = 5, got 6"),
         ({"rtol": -1e-3}, "Expected `rtol` >= 0 and `atol` >= 0, got -0.001 and 0.0"),
-        ({"atol": -1.0}, "Expected `rtol` >= 0 and `atol` >= 0, got 0.01 and -1.0"),
+        ({"atol": -1.0}, "Expected `rtol` >= 0 and `atol` >= 0, got 0.0001 and -1.0"),
         ({"rtol": math.nan}, "Expected `rtol` >= 0"),
         ({"k": 3, "max_matvecs": 2}, "Expected `max_matvecs` >= k = 3, got 2"),
         ({"v0": torch.ones(4)}, r"Expected `v0` of shape \(5,\) or \(5, j\), got \(4,\)"),
@@ -380,11 +382,12 @@ def test_recycled_block_holds_the_crowd_at_the_top(name: str) -> None:
     spectrum = outliers(80, *top, low=-3.0, high=-2.0)
     operator = Counting(matrix(spectrum))
     arguments = {"k": k, "rtol": 1e-8, "atol": 0.0, "max_matvecs": 200, "generator": torch.Generator().manual_seed(0)}
-    found, block = lanczos_recycled(operator, None, **arguments)
+    first = lanczos_recycled(operator, None, **arguments)
+    found, block = first.spectrum, first.block
     assert found.converged
     assert block.shape == (80, width)
     torch.testing.assert_close(block.T @ block, torch.eye(width, dtype=torch.float64), rtol=0, atol=1e-12)
-    again, _ = lanczos_recycled(operator, block, **arguments)
+    again = lanczos_recycled(operator, block, **arguments).spectrum
     assert again.converged
     assert again.matvecs <= width + 2 * k
     torch.testing.assert_close(again.eigenvalues, found.eigenvalues, rtol=1e-8, atol=0.0)
@@ -395,29 +398,107 @@ def test_recycled_block_follows_a_crossing() -> None:
     q = torch.linalg.qr(torch.randn(80, 80, generator=torch.Generator().manual_seed(4), dtype=torch.float64))[0]
     before, after = outliers(80, 1.0, 0.97), outliers(80, 0.97, 1.0)
     arguments = {"k": 1, "rtol": 1e-4, "atol": 0.0, "max_matvecs": 64, "generator": torch.Generator().manual_seed(0)}
-    _, block = lanczos_recycled(Counting(q @ torch.diag(before) @ q.T), None, **arguments)
+    block = lanczos_recycled(Counting(q @ torch.diag(before) @ q.T), None, **arguments).block
     moved = Counting(q @ torch.diag(after) @ q.T)
-    found, _ = lanczos_recycled(moved, block, **arguments)
+    found = lanczos_recycled(moved, block, **arguments).spectrum
     assert float(found.eigenvalues[0]) == pytest.approx(1.0, rel=1e-4)
     assert found.matvecs <= 6
     alone = lanczos(moved, v0=q[:, 0], rtol=1e-4)
     assert float(alone.eigenvalues[0]) == pytest.approx(0.97, rel=1e-4)
 
 
-@pytest.mark.parametrize("explore", [0, 8])
-def test_exploring_finds_what_the_block_has_no_share_of(explore: int) -> None:
-    """The block's own pair has converged; without products along the new column nothing else is seen."""
+def audit(n: int, seed: int = 5, **settings: Any) -> Audit:
+    start = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Audit(start, **{"share": 1 / n, "least": 3, "most": 14, "rtol": 5e-3, "atol": 0.0} | settings)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_an_audit_finds_what_the_block_has_no_share_of(looks: bool) -> None:
+    """The block's own pair has converged; without products along another vector nothing else is seen."""
     q = torch.linalg.qr(torch.randn(200, 200, generator=torch.Generator().manual_seed(4), dtype=torch.float64))[0]
     operator = Counting(q @ torch.diag(outliers(200, 1.0, 2.0, low=-0.9, high=0.9)) @ q.T)
-    fresh = torch.randn(200, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     arguments = {"k": 1, "rtol": 1e-3, "atol": 0.0, "max_matvecs": 64, "generator": torch.Generator().manual_seed(0)}
-    found, _ = lanczos_recycled(operator, torch.cat([q[:, :1], fresh], dim=1), explore=explore, **arguments)
+    found = lanczos_recycled(operator, q[:, :1], audit=lambda *_: audit(200) if looks else None, **arguments).spectrum
     assert found.matvecs == operator.calls
-    assert float(found.eigenvalues[0]) == pytest.approx(2.0 if explore else 1.0, rel=1e-3)
+    assert float(found.eigenvalues[0]) == pytest.approx(2.0 if looks else 1.0, rel=1e-3)
 
 
-def test_exploring_keeps_the_bound_on_products() -> None:
+def test_an_audit_keeps_the_bound_on_products_and_says_that_it_was_cut_short() -> None:
     operator = Counting(matrix(SPECTRA["no-gap"]))
-    arguments = {"k": 1, "rtol": 1e-9, "atol": 0.0, "generator": torch.Generator().manual_seed(0)}
-    found, _ = lanczos_recycled(operator, torch.eye(120, 1).double(), explore=30, max_matvecs=5, **arguments)
-    assert found.matvecs == operator.calls == 5
+    top = torch.linalg.eigh(operator.a)[1][:, -1:]
+    arguments = {"k": 1, "rtol": 1e-6, "atol": 0.0, "generator": torch.Generator().manual_seed(0)}
+    for most, converged in ((2, False), (5, True)):
+        operator.calls = 0
+        found = lanczos_recycled(operator, top, audit=lambda *_: audit(120), max_matvecs=most, **arguments)
+        assert found.spectrum.matvecs == operator.calls == most
+        assert found.spectrum.converged is converged
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_an_audit_leaves_open_holds_what_it_did_not_find(seed: int) -> None:
+    """A coordinate of exactly its typical share, and an audit of one product: it must not be excluded."""
+    n = 300
+    g = torch.Generator().manual_seed(seed)
+    diagonal = torch.rand(n, generator=g, dtype=torch.float64)
+    diagonal[0] = 1.0
+    diagonal[1] = 3.0
+    z = torch.randn(n, generator=g, dtype=torch.float64)
+    z[0] = 0.0
+    z[1] = 0.0
+    z[1] = z.norm() / math.sqrt(n - 1)
+    found = lanczos_recycled(
+        Counting(torch.diag(diagonal)),
+        torch.eye(n, 1, dtype=torch.float64),
+        k=1,
+        rtol=1e-2,
+        atol=0.0,
+        max_matvecs=64,
+        generator=g,
+        audit=lambda *_: Audit(z, 1 / n, least=1, most=1, rtol=5e-3, atol=0.0),
+    )
+    assert float(found.spectrum.eigenvalues[0]) == pytest.approx(1.0)
+    assert float(found.spectrum.eigenvalues[0]) + found.open >= 3.0
+
+
+def test_the_largest_possible_eigenvalue_of_a_recurrence_in_closed_form() -> None:
+    # (v'z)² (1 + (x − α)² / β²) = 1
+    assert largest_possible([2.0], [0.5], 0.01) == pytest.approx(2.0 + 0.5 * math.sqrt(99.0))
+    assert largest_possible([2.0], [0.0], 0.01) == -math.inf
+
+
+def test_the_default_stop_finds_the_top_of_a_close_pair() -> None:
+    """At 1e-2 a public call sat on the second of two eigenvalues 3.4 % apart, converged; see `readings` for more."""
+    spectrum = outliers(2000, 1.0, 0.965, low=-0.3, high=0.3)
+    for seed in range(20):
+        found = lanczos(
+            lambda v: spectrum * v, size=2000, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
+        assert found.converged
+        assert float(found.eigenvalues[0]) == pytest.approx(1.0, rel=1e-4)
+
+
+class TF32(TorchDispatchMode):
+    """Rounds the inputs of matrix-matrix products to 10 bits, as an accelerator does where its flags allow TF32."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            args = [tf32(a) if isinstance(a, Tensor) and a.dtype == torch.float32 else a for a in args]
+        return func(*args, **(kwargs or {}))
+
+
+def tf32(a: Tensor) -> Tensor:
+    return ((a.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_solver_is_exact_whatever_the_tf32_flags(seed: int) -> None:
+    diagonal = torch.cat([torch.tensor([1.0, 0.9]), torch.linspace(-0.5, 0.7, 1998)])
+    with TF32():
+        assert float(torch.eye(1)[0] @ torch.tensor([1 / 3])) == pytest.approx(1 / 3, abs=1e-8)
+        assert float(torch.full((1, 1), 1 / 3) @ torch.eye(1)) != pytest.approx(1 / 3, abs=1e-5)
+        found = lanczos(
+            lambda v: diagonal * v, size=2000, k=2, rtol=1e-5, generator=torch.Generator().manual_seed(seed)
+        )
+    assert found.converged
+    assert found.matvecs > 20  # through a restart
+    assert found.eigenvalues.tolist() == pytest.approx([1.0, 0.9], rel=1e-5)

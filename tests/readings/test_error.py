@@ -11,7 +11,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from sklearn.datasets import load_digits
 from torch import nn
 
-from eos_monitor import measure_stability
+from eos_monitor import Solver, measure_stability
+from eos_monitor.readings.gauge import Gauge
 
 SAMPLES = 1500
 
@@ -143,3 +144,27 @@ def test_a_loss_that_needs_whole_batches_still_gives_a_reading() -> None:
     assert reading.edge_ratio is not None
     assert reading.sampling_error is None
     assert any("needs 64 samples" in note for note in reading.notes)
+
+
+def test_all_modes_near_the_edge_come_with_a_sampling_error_that_is_renewed() -> None:
+    """With k="edge" one reading takes several solves; by their number there was no error for five readings."""
+    g = torch.Generator().manual_seed(0)
+    even = torch.randn(64, 6, generator=g, dtype=torch.float64)
+    uneven = even * torch.tensor([0.5, 1.5], dtype=torch.float64).repeat(32)[:, None]
+    net = nn.Linear(6, 1, bias=False).double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    gauge = Gauge(Solver(k="edge"))
+
+    def half_square(module: Any, batch: Any) -> torch.Tensor:
+        return module(batch).square().mean()
+
+    relative = []
+    for i in range(21):
+        probe = even if i < 10 else uneven
+        reading = gauge.measure(net, half_square, [probe], [optimizer], step=i, full_batch=False).reading
+        assert len(reading.eigenvalues or ()) > 2
+        assert reading.sampling_error is not None
+        relative.append(reading.sampling_error / (reading.edge_ratio or 0.0))
+    assert relative[:10] == pytest.approx([relative[0]] * 10, rel=1e-9)
+    assert relative[10:20] == pytest.approx([relative[10]] * 10, rel=1e-9)
+    assert relative[10] != pytest.approx(relative[0], rel=0.05)

@@ -561,7 +561,8 @@ def test_start_vector_saves_products(as_block: bool) -> None:
     top[-1] = 1.0
     found = read(net, sgd, v0=top[:, None] if as_block else top)
     assert found.edge_ratio == pytest.approx(1.0)
-    assert found.matvecs == 1
+    assert found.residual == 0.0
+    assert found.matvecs <= 15 < read(net, sgd).matvecs  # one to see that it has converged, the others to look beyond
 
 
 def test_several_optimizers_in_any_iterable() -> None:
@@ -605,8 +606,8 @@ def test_warm_reading_needs_few_products_and_no_second_check() -> None:
 
 
 @pytest.mark.parametrize("new", [1.2, 2.0])
-def test_every_tenth_reading_looks_beyond_the_block(new: float) -> None:
-    """A direction that becomes the top where the recycled block has no share of it is found ten readings later."""
+def test_a_reading_looks_beyond_its_block(new: float) -> None:
+    """A direction that becomes the top where the recycled block has no share of it is found at once."""
     bulk = 0.9 * torch.rand(998, generator=torch.Generator().manual_seed(0))
     for seed in range(5):
         net = Diagonal(torch.cat([torch.tensor([1.0, 0.0]), bulk]))
@@ -618,9 +619,9 @@ def test_every_tenth_reading_looks_beyond_the_block(new: float) -> None:
 
         assert reading().edge_ratio == pytest.approx(1.0, rel=1e-3)
         net.d[1] = new
-        found = [reading() for _ in range(9)]
-        assert all(r.converged for r in found)
-        assert found[-1].edge_ratio == pytest.approx(new, rel=1e-2)
+        found = reading()
+        assert found.converged
+        assert found.edge_ratio == pytest.approx(new, rel=1e-2)
 
 
 def test_another_number_of_parameters_starts_cold() -> None:
