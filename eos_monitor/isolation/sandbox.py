@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eos_monitor.isolation.batches import clone_batch, map_batch
 from eos_monitor.isolation.copies import Copies, cast
+from eos_monitor.isolation.counters import Counters
 
 LossFn = Callable[[Any, Any], Tensor]  # loss_fn(module, batch) -> scalar mean loss
 
@@ -30,12 +31,13 @@ LossFn = Callable[[Any, Any], Tensor]  # loss_fn(module, batch) -> scalar mean l
 class Sandbox:
     """Context in which a module's loss can be evaluated again and again from one and the same state.
 
-    Each evaluation starts from the module's state at that moment: buffers, attributes, metric states and counters are
-    fresh copies, and the generators of torch, NumPy and Python are re-seeded, so that dropout masks agree between
-    evaluations. On exit all of them are as they were. Attention runs on the math kernel and compiled functions run
-    eagerly, because fused and compiled backwards cannot be differentiated twice; autocast is off.
+    Each evaluation starts from the module's state at that moment: buffers, attributes, metric states and counters
+    (small objects of the user's own classes) are fresh copies, and the generators of torch, NumPy and Python are
+    re-seeded, so that dropout masks agree between evaluations. On exit all of them are as they were. Attention runs on
+    the math kernel and compiled functions run eagerly, because fused and compiled backwards cannot be differentiated
+    twice; autocast is off.
 
-    What cannot be isolated: objects behind attributes other than tensors, arrays, generators and built-in containers.
+    What cannot be isolated: other objects behind attributes, such as iterators and objects of libraries.
 
     Args:
         module: Module whose sub-modules are isolated.
@@ -61,6 +63,7 @@ class Sandbox:
         self._overrides = overrides
         self._seed = seed
         self._originals: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._counters = Counters()
         self._parameters: list[Tensor] = []  # the live ones: during an evaluation the module holds stand-ins
         self._stack = ExitStack()
 
@@ -78,6 +81,7 @@ class Sandbox:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             stack.enter_context(preserve_rng())
             self._originals = [(m, dict(m.__dict__)) for m in self._module.modules()]
+            self._counters = Counters()
             self._parameters = list(self._module.parameters())
             stack.callback(self._restore)
             self._stack = stack.pop_all()
@@ -108,7 +112,7 @@ class Sandbox:
         """
         memo: dict[int, Any] = {id(p): cast(p.detach(), dtype) for p in self._parameters}
         memo |= {id(live): stand_in for live, stand_in in parameters.items()}
-        copies = Copies(memo, dtype)
+        copies = Copies(memo, dtype, self._counters)
         for module, original in self._originals:
             _replace_attributes(module, {name: copies.of(value) for name, value in original.items()})
         for module, _ in self._originals:
