@@ -119,7 +119,7 @@ class Sandbox:
             # Backward hooks watch training's own backward passes, and a reading is full of others.
             module.__dict__.update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
             module.__dict__.update(self._overrides(module) if self._overrides else {})
-        _seed_everything(self._seed + stream)
+        seed_everything(self._seed + stream)
         return loss_fn(self._module, map_batch(clone_batch(batch), lambda x: cast(x, dtype)))
 
     def _restore(self) -> None:
@@ -171,7 +171,8 @@ def _cuda_is_live() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-def _seed_everything(seed: int) -> None:
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of torch, NumPy and Python."""
     # torch.manual_seed would also queue a seed for a CUDA that is initialised later.
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002
