@@ -18,6 +18,7 @@ from eos_monitor.forecast.lookahead import Settings
 from eos_monitor.isolation.batches import clone_batch
 from eos_monitor.isolation.sandbox import LossFn, seed_everything
 from eos_monitor.isolation.twin import trained_parameters, twin_optimizer
+from eos_monitor.isolation.wrappers import direct_forward
 from eos_monitor.limits.thresholds import critical_curvature
 from eos_monitor.readings.gauge import Gauge
 from eos_monitor.readings.reading import StabilityReading
@@ -32,9 +33,9 @@ _READINGS = 10
 _DEAD = 0.1
 _FITTED = 1e-3
 _MOST_SETTLING = 5_000
-_DRAWS = 8  # of the initial loss, where it is another one each time
-# Of the largest of 20 draws of a Gaussian beside one of them, with the deviation known from 8: passed in about 1 of 500.
-_NOISE = 6.0
+_DRAWS = 16  # of the initial loss, where it is another one each time
+# Of the largest of 20 draws over one of them, with the deviation known from 16: passed by chance in 1 of 1,000 runs.
+_NOISE = 7.0
 
 
 class FirstSteps:
@@ -66,7 +67,12 @@ class FirstSteps:
         outside = sum(p not in stand_ins for p in trained_parameters(optimizers))
         if outside:
             raise ValueError(f"Expected optimizers of the module's parameters, got {outside} from outside.")
+        for m in self.module.modules():
+            m.__dict__.update(direct_forward(m))
         self.optimizers = [twin_optimizer(optimizer, stand_ins) for optimizer in optimizers]
+        for twin in self.optimizers:
+            if any(group.get("train_mode") is False for group in twin.param_groups):
+                twin.train()  # type: ignore[attr-defined]  # schedule-free: from the average to where it steps
         self.params = trained_parameters(self.optimizers)
         self.loss_fn = loss_fn
         self.batches = batches

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from eos_monitor.isolation.batches import clone_batch, map_batch
 from eos_monitor.isolation.copies import Copies, cast
 from eos_monitor.isolation.counters import Counters
+from eos_monitor.isolation.wrappers import direct_forward
 
 LossFn = Callable[[Any, Any], Tensor]  # loss_fn(module, batch) -> scalar mean loss
 
@@ -35,7 +36,7 @@ class Sandbox:
     (small objects of the user's own classes) are fresh copies, and the generators of torch, NumPy and Python are
     re-seeded, so that dropout masks agree between evaluations. On exit all of them are as they were. Attention runs on
     the math kernel and compiled functions run eagerly, because fused and compiled backwards cannot be differentiated
-    twice; autocast is off.
+    twice; autocast is off. The wrappers of data parallelism, Fabric and Accelerate are passed by.
 
     What cannot be isolated: other objects behind attributes, such as iterators and objects of libraries.
 
@@ -63,6 +64,7 @@ class Sandbox:
         self._overrides = overrides
         self._seed = seed
         self._originals: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._forwards: list[tuple[nn.Module, dict[str, Callable[..., Any]]]] = []
         self._counters = Counters()
         self._parameters: list[Tensor] = []  # the live ones: during an evaluation the module holds stand-ins
         self._stack = ExitStack()
@@ -81,6 +83,7 @@ class Sandbox:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             stack.enter_context(preserve_rng())
             self._originals = [(m, dict(m.__dict__)) for m in self._module.modules()]
+            self._forwards = [(m, direct_forward(m)) for m, _ in self._originals]
             self._counters = Counters()
             self._parameters = list(self._module.parameters())
             stack.callback(self._restore)
@@ -119,6 +122,8 @@ class Sandbox:
             # Backward hooks watch training's own backward passes, and a reading is full of others.
             module.__dict__.update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
             module.__dict__.update(self._overrides(module) if self._overrides else {})
+        for module, forward in self._forwards:
+            module.__dict__.update(forward)
         seed_everything(self._seed + stream)
         return loss_fn(self._module, map_batch(clone_batch(batch), lambda x: cast(x, dtype)))
 
@@ -126,6 +131,7 @@ class Sandbox:
         for module, original in self._originals:
             _replace_attributes(module, original)
         self._originals = []
+        self._forwards = []
 
 
 def check_loss(loss: Any, *, finite: bool = True) -> Tensor:
