@@ -12,7 +12,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from eos_monitor.isolation.batches import clone_batch, map_batch
 from eos_monitor.isolation.copies import Copies, cast
 from eos_monitor.isolation.counters import Counters
+from eos_monitor.isolation.exchange import without_exchange
 from eos_monitor.isolation.wrappers import direct_forward
 
 LossFn = Callable[[Any, Any], Tensor]  # loss_fn(module, batch) -> scalar mean loss
@@ -45,6 +46,8 @@ class Sandbox:
         overrides: Attributes set on sub-modules during an evaluation (a no-op ``log``, say), as a function of the
             sub-module.
         seed: Seed of every evaluation.
+        alone: Whether, of several processes, this one evaluates while the others are elsewhere: a loss that exchanges
+            with them is then an error, and not a wait for ever.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Sandbox:
         *,
         overrides: Callable[[nn.Module], Mapping[str, Any]] | None = None,
         seed: int = 0,
+        alone: bool = True,
     ) -> None:
         scripted = [name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
         if scripted:
@@ -63,6 +67,7 @@ class Sandbox:
         self._module = module
         self._overrides = overrides
         self._seed = seed
+        self._alone = alone
         self._originals: list[tuple[nn.Module, dict[str, Any]]] = []
         self._forwards: list[tuple[nn.Module, dict[str, Callable[..., Any]]]] = []
         self._counters = Counters()
@@ -125,7 +130,8 @@ class Sandbox:
         for module, forward in self._forwards:
             module.__dict__.update(forward)
         seed_everything(self._seed + stream)
-        return loss_fn(self._module, map_batch(clone_batch(batch), lambda x: cast(x, dtype)))
+        with without_exchange() if self._alone else nullcontext():
+            return loss_fn(self._module, map_batch(clone_batch(batch), lambda x: cast(x, dtype)))
 
     def _restore(self) -> None:
         for module, original in self._originals:
