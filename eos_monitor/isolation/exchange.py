@@ -21,10 +21,11 @@ def without_exchange() -> AbstractContextManager[Any]:
     With one process it does nothing: there they are harmless.
     """
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return _Refusal() if several and torch.distributed.get_world_size() > 1 else nullcontext()
+    refuse = several and torch.distributed.get_world_size() > 1
+    return _Refusal() if refuse else nullcontext()  # type: ignore[no-untyped-call]
 
 
-class _Refusal(TorchDispatchMode):
+class _Refusal(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every collective call goes through torch's dispatcher, whatever function made it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
