@@ -83,9 +83,8 @@ class Sandbox:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_eager())
-            if _cuda_is_live():
-                # cuDNN's recurrent kernels have no double backward.
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            if any(isinstance(m, nn.RNNBase) for m in self._module.modules()):
+                stack.enter_context(_without_cudnn())
             stack.enter_context(preserve_rng())
             self._originals = [(m, dict(m.__dict__)) for m in self._module.modules()]
             self._forwards = [(m, direct_forward(m)) for m, _ in self._originals]
@@ -193,6 +192,18 @@ def seed_everything(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    # cuDNN's recurrent kernels have no double backward. Not by torch.backends.cudnn.flags: it reads and writes the TF32
+    # switch too, which raises where a user has set `fp32_precision`.
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 @contextmanager
