@@ -15,6 +15,7 @@ from eos_monitor.cfl.capture import NoLayerError, layer_names
 from eos_monitor.cfl.estimate import CFLEstimate
 from eos_monitor.cfl.tiers import CFLGauge
 from eos_monitor.dashboard.layers import has_something_to_draw, layers_table, run_sentence
+from eos_monitor.isolation.exchange import ExchangeError
 from eos_monitor.limits.thresholds import critical_curvature, learning_rates
 from eos_monitor.readings.reading import Measurement, common_factor
 from eos_monitor.readings.settings import Probe, Solver, names_moved_arguments
@@ -45,7 +46,8 @@ class CFLMonitor(AttachedMonitor):
 
     Rows also go to ``cfl_readings.jsonl`` in the log folder; a heat map of layers and steps is drawn at the end of fit,
     and a ranked table is logged when the verdict goes beyond EDGE. With several processes the first one measures, on
-    its own share of the probe; a net with synchronized batch normalization is then left out.
+    its own share of the probe; a net with synchronized batch normalization, or a loss that exchanges between
+    processes, is then left out.
 
     Args:
         layers: Name patterns (``fnmatch``) of the layers that are wanted; all by default.
@@ -184,7 +186,7 @@ class CFLMonitor(AttachedMonitor):
                 mode=None if context.modes is None else context.modes[:, 0],
                 refine=refine,
             )
-        except NoLayerError as error:
+        except (NoLayerError, ExchangeError) as error:
             self.turn_off(str(error))
             return
         self._measurement = context.measurement

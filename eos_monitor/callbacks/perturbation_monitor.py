@@ -14,6 +14,7 @@ from eos_monitor.callbacks.losses import GivenLoss
 from eos_monitor.callbacks.observer import WatchedFit
 from eos_monitor.callbacks.reading_context import ReadingContext
 from eos_monitor.forecast.lookahead import Settings
+from eos_monitor.isolation.exchange import ExchangeError
 from eos_monitor.perturbation import AMPLIFYING, ATTENUATING, DEAD, DIVERGED, NEUTRAL, TwinRun, twin_run
 from eos_monitor.readings.settings import Probe, Solver, names_moved_arguments
 from eos_monitor.verdicts.detector import Verdict
@@ -42,7 +43,7 @@ class PerturbationMonitor(AttachedMonitor):
 
     Rows also go to ``perturbation_readings.jsonl`` in the log folder. With several processes the first one measures,
     on its own share of the probe and without the mean over gradients: it is the noisier run of one process. A net with
-    synchronized batch normalization is then left out.
+    synchronized batch normalization, or a loss that exchanges between processes, is then left out.
 
     Args:
         at_steps: Steps at which to measure.
@@ -159,8 +160,14 @@ class PerturbationMonitor(AttachedMonitor):
         perturbation: str | Tensor = self._perturbation
         if self._perturbation == "mode" and context.modes is not None:
             perturbation = context.modes[:, 0]
+        try:
+            self._fresh = self.runs[context.step] = self._run_twins(context, perturbation)
+        except ExchangeError as error:
+            self.turn_off(str(error))
+
+    def _run_twins(self, context: ReadingContext, perturbation: str | Tensor) -> TwinRun:
         optimizers = context.trainer.optimizers
-        self._fresh = self.runs[context.step] = twin_run(
+        return twin_run(
             context.pl_module,
             context.loss_fn,
             context.batches,

@@ -42,5 +42,5 @@ class ReadingContext:
     ahead: Callable[[int], Settings | None]
 
     def sandbox(self) -> TrainerSandbox:
-        """Return a sandbox for the module."""
-        return TrainerSandbox(self.trainer, self.pl_module)
+        """Return a sandbox for the module, in which the first process measures alone."""
+        return TrainerSandbox(self.trainer, self.pl_module, alone=True)

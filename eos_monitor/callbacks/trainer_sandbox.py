@@ -19,10 +19,16 @@ class TrainerSandbox(Sandbox):
 
     ``self.log`` in a re-run training step would register a second result under the present hook, and repeat it as a
     stale value until the epoch ends; direct calls on ``self.logger`` would reach the logger.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+        seed: Seed of every evaluation.
+        alone: Whether the other processes do not evaluate the same at the same time.
     """
 
-    def __init__(self, trainer: Any, pl_module: nn.Module, *, seed: int = 0) -> None:
-        super().__init__(pl_module, overrides=_silent, seed=seed)
+    def __init__(self, trainer: Any, pl_module: nn.Module, *, seed: int = 0, alone: bool = False) -> None:
+        super().__init__(pl_module, overrides=_silent, seed=seed, alone=alone)
         self._trainer = trainer
         self._loggers: list[Any] = []
         self._should_stop = False

@@ -99,7 +99,7 @@ class HessianOperator:
             raise ValueError(f"Expected `method` to be one of {METHODS}, got {method!r}.")
         self.method = "fd" if method == "fd" else "double-backward"
         self._loss_fn = loss_fn
-        self._sandbox = sandbox or Sandbox(module)
+        self._sandbox = sandbox or Sandbox(module, alone=sum_over_ranks is None)
         self._sum_over_ranks = sum_over_ranks
         with preserve_rng():  # a DataLoader's iterator draws its seed from the global generator
             self._batches = list(batches)
@@ -295,17 +295,19 @@ class HessianOperator:
             with self._inside():
                 return local()
         total = torch.zeros(size + 1, dtype=dtype, device=self.device)
-        failure: Exception | None = None
+        failure = "'a failure on another one'"
         try:
             with self._inside():
                 total[:size] = local()
         except Exception as error:
             # The others wait in the sum: meet them there with empty hands, and fail together.
-            failure = error
+            failure = repr(
+                error
+            )  # not the error: its traceback holds this frame, and with it every tensor of the reading
             total.zero_()[-1] = 1.0
         total = self._sum_over_ranks(total)
         if float(total[-1]) > 0.0:
-            raise RuntimeError(f"Expected a loss on every process, got {failure or 'a failure on another one'!r}.")
+            raise RuntimeError(f"Expected a loss on every process, got {failure}.")
         return total[:size]
 
     def _inside(self) -> ExitStack:

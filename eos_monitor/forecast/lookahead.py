@@ -7,7 +7,7 @@ import functools
 import math
 import types
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from eos_monitor.curvature.norms import quadratic_form
 from eos_monitor.isolation.copies import Copies
 from eos_monitor.isolation.sandbox import preserve_rng
+from eos_monitor.isolation.twin import as_list
+from eos_monitor.isolation.wrappers import bare_optimizer
 from eos_monitor.limits.edge_scale import Solve, bend
 from eos_monitor.limits.thresholds import critical_curvature
 from eos_monitor.readings.reading import Measurement, common_factor
@@ -27,6 +29,7 @@ from eos_monitor.readings.reading import Measurement, common_factor
 Settings = list[list[dict[str, Any]]]
 
 _LONGEST = 64
+_DEEPEST = 8  # wrappers around one scheduler
 # The mode turns by about the bend, over the relative gap, and r changes by the square: below 1e-4, a hundredth of what
 # a reading is asked for.
 _SMALL_BEND = 1e-2
@@ -45,6 +48,22 @@ class Scheduled:
     scheduler: Any
     interval: str = "step"
     frequency: int = 1
+
+
+def scheduled(entry: Any) -> Any:
+    """Return a scheduler as what the look-ahead takes.
+
+    Accelerate's and others' wrappers hold it as ``scheduler``; Lightning's modules return a dictionary.
+    """
+    if isinstance(entry, Mapping):
+        return Scheduled(entry["scheduler"], entry.get("interval", "epoch"), entry.get("frequency", 1))
+    if hasattr(entry, "scheduler") and hasattr(entry, "interval"):
+        return entry
+    for _ in range(_DEEPEST):
+        if isinstance(entry, LRScheduler) or not hasattr(entry, "scheduler"):
+            break
+        entry = entry.scheduler
+    return Scheduled(entry)
 
 
 class Position(NamedTuple):
@@ -94,8 +113,8 @@ class SettingsAhead:
     schedule that advances a counter there is advanced by the twin.
 
     Args:
-        schedulers: Schedulers stepped after each optimizer step, or objects like :class:`Scheduled`. The sequence is
-            kept, and read anew each time.
+        schedulers: Schedulers stepped after each optimizer step, wrapped or not, or objects like :class:`Scheduled`.
+            The sequence is kept, and read anew each time.
         optimizers: The optimizers in use.
 
     Attributes:
@@ -111,7 +130,7 @@ class SettingsAhead:
 
     def __init__(self, schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> None:
         self._schedulers = schedulers
-        self._optimizers = optimizers
+        self._optimizers = as_list(optimizers)
         self._of: list[Any] = []  # the schedulers that the block is of
         self._block: list[_State] = []  # one an optimizer step, the first as it was found
         self._places: dict[Position, int] = {}
@@ -161,7 +180,7 @@ class SettingsAhead:
     def _reach(self, n: int, position: Position) -> tuple[_State, list[_State], int]:
         """Return the live state, and a run of states of which that one is at the index, ``n`` beyond it if known."""
         position = position.stepping()
-        entries = [entry if hasattr(entry, "scheduler") else Scheduled(entry) for entry in self._schedulers]
+        entries = [scheduled(entry) for entry in self._schedulers]
         live = _State.of(self._optimizers, [entry.scheduler for entry in entries])
         index = self._find(position, live, entries)
         if index is None:
@@ -316,6 +335,9 @@ class _ScheduleCopies(Copies):
 
     def _optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Return an optimizer of the same class with the same settings, no parameters, and no state."""
+        bare = bare_optimizer(optimizer)
+        if bare is not optimizer:  # a scheduler may have been given the wrapper
+            return self.of(bare)  # type: ignore[no-any-return]
         twin = type(optimizer).__new__(type(optimizer))
         self._memo[id(optimizer)] = twin
 

@@ -158,7 +158,9 @@ def preflight(
     """Say before training how far a learning rate is from the edge, and what the first steps do.
 
     Copies of module and optimizer take ``steps`` steps, each on the mean gradient over all ``batches``, with readings
-    of the edge ratio between them. Module, optimizers, schedulers and generators stay as they are.
+    of the edge ratio between them. Module, optimizers, schedulers and generators stay as they are. Dropout masks and
+    the like are the same at each of these steps, so that a loss rises by what a step does and by nothing else; where a
+    loss is random all the same, it has to rise above what it varies by at the start.
 
     An adaptive optimizer has no edge yet at its first steps: its state would mean nothing. There the state is carried
     on, on another copy that does not move, by further steps at the gradient of that point until it is old enough: the

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
+import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from typing import Any
 
@@ -11,22 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eos_monitor.isolation.counters import Counters, duplicate
+
 _CONSTANTS = (bool, int, float, str, bytes, type)
 _CONTAINERS = (list, deque, dict, OrderedDict, defaultdict, Counter)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
 class Copies:
-    """Copies of tensors, arrays, generators and built-in containers; anything else is shared.
+    """Copies of tensors, arrays, generators, built-in containers and small plain objects; anything else is shared.
 
     Args:
         memo: What stands for an object, by its ``id``, in place of a copy; what is copied is entered.
         dtype: Floating-point type of the tensors; None leaves theirs.
+        counters: Tells which objects are plain; one's own by default.
     """
 
-    def __init__(self, memo: dict[int, Any], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, memo: dict[int, Any], dtype: torch.dtype | None = None, counters: Counters | None = None
+    ) -> None:
         self._memo = memo
         self._dtype = dtype
+        self._counters = counters or Counters()
 
     def of(self, value: Any) -> Any:
         """Return the copy of a value."""
@@ -66,7 +74,12 @@ class Copies:
 
     def _other(self, value: Any) -> Any:
         """Return what stands for an object of any other kind."""
-        return value
+        if isinstance(value, types.MethodType):
+            holder = self.of(value.__self__)
+            return value if holder is value.__self__ else types.MethodType(value.__func__, holder)
+        if type(value) is functools.partial:
+            return functools.partial(self.of(value.func), *self.of(value.args), **self.of(value.keywords))
+        return duplicate(value, self.of, self._memo) if self._counters.include(value, self._memo) else value
 
 
 def cast(value: Any, dtype: torch.dtype | None) -> Any:

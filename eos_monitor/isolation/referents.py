@@ -62,7 +62,7 @@ def attributes(value: Any) -> Referents:
     for cls in type(value).__mro__:
         members = type.__dict__["__dict__"].__get__(cls)
         namespace = members.get("__dict__")
-        if type(namespace) is types.GetSetDescriptorType:
+        if type(namespace) in (types.GetSetDescriptorType, types.MemberDescriptorType):
             found = {**found, **(namespace.__get__(value) or {})}
         for name, member in members.items():
             if type(member) is types.MemberDescriptorType and not name.startswith("__"):

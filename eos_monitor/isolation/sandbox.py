@@ -12,7 +12,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eos_monitor.isolation.batches import clone_batch, map_batch
 from eos_monitor.isolation.copies import Copies, cast
+from eos_monitor.isolation.counters import Counters
+from eos_monitor.isolation.exchange import without_exchange
+from eos_monitor.isolation.wrappers import direct_forward
 
 LossFn = Callable[[Any, Any], Tensor]  # loss_fn(module, batch) -> scalar mean loss
 
@@ -30,18 +33,21 @@ LossFn = Callable[[Any, Any], Tensor]  # loss_fn(module, batch) -> scalar mean l
 class Sandbox:
     """Context in which a module's loss can be evaluated again and again from one and the same state.
 
-    Each evaluation starts from the module's state at that moment: buffers, attributes, metric states and counters are
-    fresh copies, and the generators of torch, NumPy and Python are re-seeded, so that dropout masks agree between
-    evaluations. On exit all of them are as they were. Attention runs on the math kernel and compiled functions run
-    eagerly, because fused and compiled backwards cannot be differentiated twice; autocast is off.
+    Each evaluation starts from the module's state at that moment: buffers, attributes, metric states and counters
+    (small objects of the user's own classes) are fresh copies, and the generators of torch, NumPy and Python are
+    re-seeded, so that dropout masks agree between evaluations. On exit all of them are as they were. Attention runs on
+    the math kernel and compiled functions run eagerly, because fused and compiled backwards cannot be differentiated
+    twice; autocast is off. The wrappers of data parallelism, Fabric and Accelerate are passed by.
 
-    What cannot be isolated: objects behind attributes other than tensors, arrays, generators and built-in containers.
+    What cannot be isolated: other objects behind attributes, such as iterators and objects of libraries.
 
     Args:
         module: Module whose sub-modules are isolated.
         overrides: Attributes set on sub-modules during an evaluation (a no-op ``log``, say), as a function of the
             sub-module.
         seed: Seed of every evaluation.
+        alone: Whether, of several processes, this one evaluates while the others are elsewhere: a loss that exchanges
+            with them is then an error, and not a wait for ever.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class Sandbox:
         *,
         overrides: Callable[[nn.Module], Mapping[str, Any]] | None = None,
         seed: int = 0,
+        alone: bool = True,
     ) -> None:
         scripted = [name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
         if scripted:
@@ -60,7 +67,10 @@ class Sandbox:
         self._module = module
         self._overrides = overrides
         self._seed = seed
+        self._alone = alone
         self._originals: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._forwards: list[tuple[nn.Module, dict[str, Callable[..., Any]]]] = []
+        self._counters = Counters()
         self._parameters: list[Tensor] = []  # the live ones: during an evaluation the module holds stand-ins
         self._stack = ExitStack()
 
@@ -73,11 +83,12 @@ class Sandbox:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_eager())
-            if _cuda_is_live():
-                # cuDNN's recurrent kernels have no double backward.
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            if any(isinstance(m, nn.RNNBase) for m in self._module.modules()):
+                stack.enter_context(_without_cudnn())
             stack.enter_context(preserve_rng())
             self._originals = [(m, dict(m.__dict__)) for m in self._module.modules()]
+            self._forwards = [(m, direct_forward(m)) for m, _ in self._originals]
+            self._counters = Counters()
             self._parameters = list(self._module.parameters())
             stack.callback(self._restore)
             self._stack = stack.pop_all()
@@ -108,20 +119,24 @@ class Sandbox:
         """
         memo: dict[int, Any] = {id(p): cast(p.detach(), dtype) for p in self._parameters}
         memo |= {id(live): stand_in for live, stand_in in parameters.items()}
-        copies = Copies(memo, dtype)
+        copies = Copies(memo, dtype, self._counters)
         for module, original in self._originals:
             _replace_attributes(module, {name: copies.of(value) for name, value in original.items()})
         for module, _ in self._originals:
             # Backward hooks watch training's own backward passes, and a reading is full of others.
             module.__dict__.update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
             module.__dict__.update(self._overrides(module) if self._overrides else {})
-        _seed_everything(self._seed + stream)
-        return loss_fn(self._module, map_batch(clone_batch(batch), lambda x: cast(x, dtype)))
+        for module, forward in self._forwards:
+            module.__dict__.update(forward)
+        seed_everything(self._seed + stream)
+        with without_exchange() if self._alone else nullcontext():
+            return loss_fn(self._module, map_batch(clone_batch(batch), lambda x: cast(x, dtype)))
 
     def _restore(self) -> None:
         for module, original in self._originals:
             _replace_attributes(module, original)
         self._originals = []
+        self._forwards = []
 
 
 def check_loss(loss: Any, *, finite: bool = True) -> Tensor:
@@ -167,7 +182,8 @@ def _cuda_is_live() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-def _seed_everything(seed: int) -> None:
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of torch, NumPy and Python."""
     # torch.manual_seed would also queue a seed for a CUDA that is initialised later.
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002
@@ -176,6 +192,18 @@ def _seed_everything(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    # cuDNN's recurrent kernels have no double backward. Not by torch.backends.cudnn.flags: it reads and writes the TF32
+    # switch too, which raises where a user has set `fp32_precision`.
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 @contextmanager

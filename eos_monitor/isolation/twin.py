@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from eos_monitor.isolation.sandbox import preserve_rng
+from eos_monitor.isolation.wrappers import bare_optimizer
 
 _O = TypeVar("_O", bound=Optimizer)
 
@@ -38,8 +39,9 @@ def twin_optimizer(optimizer: _O, stand_ins: Mapping[Tensor, Tensor]) -> _O:
 
 
 def as_list(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
-    """Return one optimizer, or several, as a list."""
-    return [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    """Return one optimizer, or several, as a list; those inside of wrappers that only pass on."""
+    several = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
+    return [bare_optimizer(optimizer) for optimizer in several]
 
 
 def trained_parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
@@ -61,7 +63,13 @@ def proposed_update(
         gradient: Gradient in ``param_groups`` order, ``(n,)``.
         settings: What to change in every group (``weight_decay`` ...) for this step.
         loss_at: Loss and gradient at the parameters plus a displacement, ``(n,)``, for steps that need a closure.
+
+    Raises:
+        ValueError: If an optimizer is in a mode in which it does not step.
     """
+    for optimizer in optimizers:
+        if any(group.get("train_mode") is False for group in optimizer.param_groups):
+            raise ValueError(f"Expected optimizers in train mode, got {type(optimizer).__name__} in eval mode.")
     params = trained_parameters(optimizers)
     sizes = [p.numel() for p in params]
     stand_ins = {p: p.detach().clone().requires_grad_() for p in params}

@@ -199,6 +199,7 @@ _SAM_NOTE = "SAM: this is the edge of its base optimizer, with H at θ; SAM's ow
 WRAPPERS: dict[str, tuple[str, str | None]] = {
     "LightningOptimizer": ("optimizer", None),
     "AcceleratedOptimizer": ("optimizer", None),
+    "_FabricOptimizer": ("optimizer", None),
     "ZeroRedundancyOptimizer": ("optim", None),
     "SAM": ("base_optimizer", _SAM_NOTE),
 }

@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from eos_monitor.alerts.alert import alert_of
 from eos_monitor.alerts.sinks import Sink, check_alerts, sinks_of
 from eos_monitor.alerts.throttle import Throttle
-from eos_monitor.forecast.lookahead import Position, Scheduled, SettingsAhead, edge_ratio_at
+from eos_monitor.forecast.lookahead import Position, SettingsAhead, edge_ratio_at, scheduled
 from eos_monitor.forecast.tracked_reading import TrackedReading
 from eos_monitor.isolation.fingerprint import Fingerprint, fingerprint
 from eos_monitor.isolation.sandbox import LossFn
@@ -112,7 +111,7 @@ class StabilityProbe:
         self._engine = Engine(self._probe, solver or Solver(), every_n_steps=every_n_steps, max_overhead=max_overhead)
         self._step = 0
         self._written: dict[Path, int] = {}  # rows of this run in each file
-        self._schedulers = [_scheduled(entry) for entry in schedulers]
+        self._schedulers = [scheduled(entry) for entry in schedulers]
         self._ahead = SettingsAhead(self._schedulers, self._optimizers) if schedulers else None
         self._tracked = TrackedReading(None)
         self._verification = Verification(verify)
@@ -276,15 +275,6 @@ class StabilityProbe:
             return
         for sink in self._sinks:
             self._engine.guard.run("an output (sink)", lambda sink=sink: sink(alert), gives_up=False)  # type: ignore[misc]
-
-
-def _scheduled(entry: Any) -> Any:
-    """Return a scheduler as what the look-ahead takes: Accelerate's and others' wrappers hold it as ``scheduler``."""
-    if hasattr(entry, "scheduler") and hasattr(entry, "interval"):
-        return entry
-    while not isinstance(entry, LRScheduler) and hasattr(entry, "scheduler"):
-        entry = entry.scheduler
-    return Scheduled(entry)
 
 
 def _say(sentence: str) -> None:

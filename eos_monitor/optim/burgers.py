@@ -26,7 +26,9 @@ class BurgersSGD(Relaxation):
         params: Parameters or parameter groups.
         lr: Step size δ ≥ 0, of y and of x.
         gamma: Width γ > 0 of the smoothing, the time of the equation.
-        viscosity: ν ≥ 0: y samples exp(−(f(y) + |y − x|²/2γ)/ν).
+        viscosity: ν ≥ 0: y samples exp(−(f(y) + |y − x|²/2γ)/ν), by noise of √(2νδ). The mean drift w = E(x − y)/γ
+            then solves w_t + w·w_x = (ν/2)·w_xx, at time t = γ from w = f′. For the equation with ν itself, that is
+            noise of √(4νδ), pass 2ν.
         evaluations: L ≥ 1, the evaluations in a step.
         inner_momentum: Heavy-ball momentum of y in [0, 1).
         weight_decay: Coupled weight decay, part of f and so taken at y.

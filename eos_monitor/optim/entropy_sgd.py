@@ -93,6 +93,20 @@ class EntropySGD(Relaxation):
         )
         super().__init__(params, defaults, generator)
 
+    @classmethod
+    def as_published(cls, params: Any, *, gamma: float = 1.0, **settings: Any) -> EntropySGD:
+        """Return the optimizer with the paper's settings: η = γ, η′ = 0.1, α = 0.75, L = 20, scoping 1e-3, no noise.
+
+        Let ``lr`` decay at least as fast as γ: at a constant one their ratio passes 2 after 700 steps, see the note.
+
+        Args:
+            params: Parameters or parameter groups.
+            gamma: γ, which the paper chose by the validation error; at least 0.05 for the inner loop to be stable.
+            settings: What differs, as in the constructor.
+        """
+        published = {"lr": gamma, "inner_lr": 0.1, "averaging": 0.75, "evaluations": 20, "scoping": 1e-3}
+        return cls(params, gamma=gamma, **(published | settings))
+
     def inner_limit(self, group: Mapping[str, Any]) -> float:
         """Return 2(1 + μ)/η′ − 1/γ."""
         return sgd_limit(float(group["inner_lr"]), group["inner_momentum"]) - 1 / float(group["gamma"])

@@ -36,21 +36,30 @@ STEPS = 8
 # ---------------------------------------------------------------- objects that the sandbox shares with a reading
 
 
-class Box:
+class Peculiar:
+    """Says itself what a copy of it is, so that the sandbox leaves it alone."""
+
+    __slots__ = ()
+
+    def __copy__(self) -> "Peculiar":
+        return self
+
+
+class Box(Peculiar):
     """Any object of the user's."""
 
     def __init__(self, **held: Any) -> None:
         self.__dict__.update(held)
 
 
-class Slotted:
+class Slotted(Peculiar):
     __slots__ = ("average", "never_set")
 
     def __init__(self) -> None:
         self.average = torch.zeros(3)
 
 
-class Replay:
+class Replay(Peculiar):
     def __init__(self) -> None:
         self.items: list[torch.Tensor] = []
 
@@ -58,7 +67,7 @@ class Replay:
         self.items.append(item.detach())
 
 
-class Stream:
+class Stream(Peculiar):
     def __init__(self) -> None:
         self.at = 0
 
@@ -530,3 +539,24 @@ def test_word_sums_see_order_and_signs() -> None:
     mirrored[::2] *= -1
     assert len({sum_of(v) for v in (x, swapped, mirrored, x.flip(0))}) == 4
     assert sum_of(torch.zeros(0)) == sum_of(torch.zeros(0))
+
+
+class AverageMeter:
+    """As it is copied from project to project."""
+
+    def __init__(self) -> None:
+        self.sum = 0.0
+        self.count = 0
+
+    def update(self, value: float, n: int) -> None:
+        self.sum += value * n
+        self.count += n
+
+
+def test_a_meter_counts_the_steps_of_training_and_no_others(tmp_path: Path) -> None:
+    meter = AverageMeter()
+    module = make_module(held("meter", lambda: meter), lambda m: m.meter.update(1.0, 8))
+    monitor = monitor_with(verify="always")
+    assert fit(module, monitor, tmp_path) == []
+    assert [reading.step for reading in monitor.readings] == list(range(1, STEPS + 1))
+    assert (meter.count, meter.sum) == (8 * STEPS, 8.0 * STEPS)

@@ -1,5 +1,6 @@
 """Hessian products and their largest eigenvalues, against dense Hessians, closed forms, ARPACK and differences."""
 
+import gc
 import math
 import warnings
 from collections.abc import Callable
@@ -586,3 +587,38 @@ def test_check_sees_the_same_noise_in_double_precision(noise: str, dtype: torch.
     check = operator.check(torch.randn(operator.size, dtype=dtype))
     assert check.dtype is torch.float64
     assert check.mismatch < 1e-4  # as on any smooth net
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_failed_product_over_processes_leaves_no_tensors_behind(fails_at: int) -> None:
+    """Without the garbage collector: a stored error holds its traceback, that the frames, and those every vector."""
+    net = nn.Linear(31, 7)
+    size = 32 * 7
+    calls = 0
+
+    def loss(module: Any, batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise RuntimeError("on purpose")
+        return module(batch).square().mean()  # type: ignore[no-any-return]
+
+    def vectors() -> int:
+        return sum(type(item) is Tensor and item.numel() in (size, size + 1, size + 2) for item in gc.get_objects())
+
+    def fail() -> None:
+        batches = [torch.ones(4, 31)] * 2  # rebuilt at each product
+        with HessianOperator(net, loss, batches, sum_over_ranks=lambda total: total.clone()) as operator:
+            kept = [torch.ones(operator.size) for _ in range(20)]
+            operator.matvec(kept[0])
+
+    gc.collect()
+    before = vectors()
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError, match="a loss on every process"):
+            fail()
+        after = vectors()
+    finally:
+        gc.enable()
+    assert after == before

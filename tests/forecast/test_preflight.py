@@ -363,3 +363,92 @@ def test_errors_name_the_remedy() -> None:
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
     with pytest.raises(ValueError, match="waits for a metric"):
         preflight(other, regress, [batch], optimizer, schedulers=[plateau])
+
+
+# ---------------------------------------------------------------- losses that are random
+
+
+class Noisy(nn.Module):
+    """Adds noise to its inputs from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source = torch.Generator().manual_seed(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.3 * torch.randn(x.shape, generator=self.source) if self.training else x
+
+
+def noisy_net(kind: str, seed: int) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        noise: dict[str, Callable[[], nn.Module]] = {
+            "dropout": lambda: nn.Dropout(0.3),
+            "own-generator": Noisy,
+            "weights-dropped": lambda: nn.AlphaDropout(0.2),
+        }
+        return nn.Sequential(
+            nn.Linear(10, 32), nn.Tanh(), noise[kind](), nn.Linear(32, 32), nn.Tanh(), noise[kind](), nn.Linear(32, 3)
+        )
+
+
+def loss_without_noise(net: nn.Module) -> float:
+    net.eval()
+    with torch.no_grad():
+        loss = float(classify(net, blobs((10,))[0]))
+    net.train()
+    return loss
+
+
+def highest_of_training(net: nn.Module, lr: float) -> float:
+    """The highest loss, without noise, of a real run with fresh noise at each step, over that of its start."""
+    first = loss_without_noise(net)
+    optimizer = SGD(net.parameters(), lr=lr)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        classify(net, blobs((10,))[0]).backward()
+        optimizer.step()
+        losses.append(loss_without_noise(net))
+    return max(losses) / first
+
+
+@pytest.mark.parametrize("kind", ["dropout", "own-generator", "weights-dropped"])
+@pytest.mark.parametrize("lr", [0.001, 0.01])
+def test_noise_of_the_loss_is_not_called_a_rise(kind: str, lr: float) -> None:
+    for seed in range(6):
+        assert highest_of_training(noisy_net(kind, seed), lr) < 1.0  # what is not to be blamed
+        net = noisy_net(kind, seed)
+        result = preflight(net, classify, blobs((10,)), SGD(net.parameters(), lr=lr), full_batch=True)
+        assert result.edge_ratio is not None
+        assert result.edge_ratio < 0.02
+        assert result.outcome == "falls"
+        assert "too high" not in str(result)
+
+
+def test_noise_out_of_reach_is_measured_and_has_to_be_exceeded() -> None:
+    """A generator in the closure of the loss can be neither found nor rewound."""
+    source = torch.Generator().manual_seed(0)
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        return classify(module, batch) * (1 + 0.1 * torch.randn((), generator=source))
+
+    for seed in range(6):
+        net = noisy_net("dropout", seed)
+        result = preflight(net, loss, blobs((10,)), SGD(net.parameters(), lr=1e-3), full_batch=True)
+        assert result.outcome == "falls"
+        assert max(result.losses) > result.losses[0] or min(result.losses) < 0.95 * result.losses[0]  # it is random
+
+
+@pytest.mark.parametrize("kind", ["dropout", "own-generator"])
+def test_a_rise_under_noise_is_called_one(kind: str) -> None:
+    for seed in range(3):
+        net = noisy_net(kind, seed)
+        below = preflight(net, classify, blobs((10,)), SGD(net.parameters(), lr=0.01), full_batch=True)
+        assert below.edge_lr is not None
+        lr = 4 * below.edge_lr[0]
+        assert highest_of_training(noisy_net(kind, seed), lr) > 1.0
+        net = noisy_net(kind, seed)
+        above = preflight(net, classify, blobs((10,)), SGD(net.parameters(), lr=lr), full_batch=True)
+        assert above.outcome == "rises"
+        assert above.above

@@ -574,3 +574,22 @@ def test_parameters_not_named_are_constants_in_every_evaluation() -> None:
     with Sandbox(net) as sandbox:
         for _ in range(2):
             assert not sandbox.evaluate(lambda m, x: m(x).sum(), torch.ones(1, 2), named).requires_grad
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.Linear])
+def test_cudnn_is_off_only_for_recurrent_modules_and_put_back(
+    kind: Any, enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("as where a user has set fp32_precision")
+
+    monkeypatch.setattr(torch.backends.cudnn, "flags", raises)
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = enabled
+    try:
+        with Sandbox(nn.Sequential(kind(3, 3))):
+            assert torch.backends.cudnn.enabled is (enabled and kind is nn.Linear)
+        assert torch.backends.cudnn.enabled is enabled
+    finally:
+        torch.backends.cudnn.enabled = before

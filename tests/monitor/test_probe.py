@@ -556,10 +556,13 @@ def test_advisory_and_report_are_those_of_the_run() -> None:
 
 
 class Memory:
-    """An object that no sandbox copies."""
+    """An object that says itself what a copy of it is: no sandbox copies it."""
 
     def __init__(self) -> None:
         self.calls = 0
+
+    def __copy__(self) -> "Memory":
+        return self
 
 
 @pytest.mark.parametrize(("verify", "stops"), [("first", True), (False, False)])

@@ -1,0 +1,131 @@
+"""A loss that exchanges between two gloo processes, with what one of them measures; each writes what it ended with.
+
+python gathering_run.py MONITOR EXCHANGE FOLDER
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eos_monitor import CFLMonitor, EdgeOfStabilityMonitor, PerturbationMonitor, Probe, StabilityProbe
+from tests.callbacks.runs import CLASSES, FEATURES
+
+STEPS = 12
+
+
+def gathered(z: Tensor, exchange: str, module: Any) -> Tensor:
+    """The outputs of all processes, by one or another function of torch or Lightning."""
+    if exchange == "lightning":
+        return module.all_gather(z, sync_grads=True).flatten(0, 1)  # type: ignore[no-any-return]
+    if exchange == "differentiable":
+        return torch.cat(list(dist.nn.functional.all_gather(z)))
+    if exchange == "reduce":
+        mean = z.detach().mean(0)
+        dist.all_reduce(mean)
+        return z - mean / 2
+    if exchange == "object":
+        found: list[Any] = [None, None]
+        dist.all_gather_object(found, float(z.detach().sum()))
+        return z + 0.0 * sum(found)
+    dist.barrier()
+    return z
+
+
+class Net(pl.LightningModule):
+    def __init__(self, exchange: str) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+        self.exchange = exchange
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z = gathered(self.net(batch[0]), self.exchange, self)
+        return F.cross_entropy(z[: len(batch[1])], batch[1]) + 0.01 * z.square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+MONITORS = {
+    "without": list,
+    "edge": lambda: [EdgeOfStabilityMonitor(every_n_steps=2, probe=Probe(samples=16), alerts=())],
+    "cfl": lambda: [CFLMonitor(every_n_steps=2, probe=Probe(samples=16))],
+    "perturbation": lambda: [PerturbationMonitor(at_steps=[2, 4], steps=4, every_n_steps=2, probe=Probe(samples=16))],
+}
+
+
+def fit(monitor: str, exchange: str, folder: Path) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(1)
+    data = torch.utils.data.TensorDataset(torch.randn(96, FEATURES, generator=g), torch.randint(CLASSES, (96,)))
+    callbacks = MONITORS[monitor]()  # type: ignore[operator]
+    trainer = pl.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    net = Net(exchange)
+    trainer.fit(net, torch.utils.data.DataLoader(data, batch_size=4))
+    found = {"weights": [p.detach().clone() for p in net.parameters()], "rank": trainer.global_rank, "off": {}}
+    for callback in callbacks:
+        found["readings"] = getattr(callback, "readings", None)
+        found["off"] = dict(callback._engine.guard.off if monitor == "edge" else callback.guard.off)
+        found["measured"] = len(getattr(callback, "runs", ())) + len(getattr(callback, "estimates", ()))
+    return found
+
+
+def loop(rank: int, monitor: str, exchange: str, folder: Path) -> None:
+    """A plain loop around DistributedDataParallel."""
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = nn.parallel.DistributedDataParallel(
+        nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, CLASSES))
+    )
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    g = torch.Generator().manual_seed(2 + rank)
+    batches = [(torch.randn(8, FEATURES, generator=g), torch.randint(CLASSES, (8,), generator=g)) for _ in range(STEPS)]
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        z = module(batch[0])
+        return F.cross_entropy(z if exchange == "none" else gathered(z, exchange, module)[: len(z)], batch[1])
+
+    probe = None
+    if monitor == "probe":
+        probe = StabilityProbe(net, sgd, loss_fn, every_n_steps=1, probe=Probe(samples=8), alerts=())
+    readings = []
+    for batch in batches:
+        if probe is not None:
+            reading = probe.step(batch)
+            readings.append(reading.edge_ratio if reading else None)
+        sgd.zero_grad()
+        loss_fn(net, batch).backward()
+        sgd.step()
+    state = [t.clone() for t in net.state_dict().values()]
+    found = {"weights": state, "readings": readings, "off": probe.off if probe else {}}
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    name, how, where = sys.argv[1:]
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    place = Path(where)
+    if name.startswith("loop-"):
+        torch.multiprocessing.start_processes(loop, (name[5:], how, place), nprocs=2, start_method="fork")
+    else:
+        result = fit(name, how, place)
+        torch.save(result, place / f"rank{result['rank']}.pt")
