@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eos_monitor.curvature.hessian import HessianOperator
-from eos_monitor.curvature.norms import length_of
+from eos_monitor.curvature.norms import dot, length_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ def check_products(operator: HessianOperator, v: Tensor, random: Tensor | None =
     same length added there is something to compare; where λ_max is not 0, the mode's part prevails all the same.
     """
     if random is not None:
-        v = v / length_of(v) + random / length_of(random)
+        # On the same side, or the two would cancel where there are few parameters.
+        side = -1.0 if float(dot(v, random)) < 0.0 else 1.0
+        v = v / length_of(v) + (side / length_of(random)) * random
     check = operator.check(v)
     if not check.passed:
         return CheckedProducts(
