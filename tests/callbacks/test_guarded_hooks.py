@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from eos_monitor.callbacks.reading_context import ReadingContext
 from eos_monitor.callbacks.schedulers import TrainerSchedulers
 from eos_monitor.callbacks.trainer_gauge import TrainerGauge
 from eos_monitor.forecast.tracked_reading import TrackedReading
+from eos_monitor.limits.thresholds import _RULES
 from eos_monitor.monitor.engine import Engine
 from eos_monitor.readings.samples import ProbeSamples
 from eos_monitor.readings.schedule import Schedule
@@ -133,7 +135,12 @@ class KnownRates(OwnRates):
     pass
 
 
-register_critical_curvature(KnownRates)(lambda group, param, state: 2 / 0.01)
+@pytest.fixture(scope="module", autouse=True)
+def rule() -> Iterator[None]:
+    """A rule of this file alone: other tests go through all that are registered."""
+    register_critical_curvature(KnownRates)(lambda group, param, state: 2 / 0.01)
+    yield
+    _RULES.pop(KnownRates)
 
 
 def scripted() -> Any:
