@@ -19,13 +19,15 @@ from eos_monitor.curvature.finite_differences import (
     check_product,
 )
 from eos_monitor.curvature.gradient_graph import GradientGraph, flatten
+from eos_monitor.curvature.paths import check_paths, has_gradient, unreached
 from eos_monitor.curvature.precision import Widened
 from eos_monitor.isolation.batches import batch_size, split_batch
-from eos_monitor.isolation.sandbox import LossFn, Sandbox, check_loss, preserve_rng
+from eos_monitor.isolation.sandbox import LossFn, Sandbox, Stage, check_loss, preserve_rng
 
 METHODS = ("auto", "double-backward", "fd")
 SumOverRanks = Callable[[Tensor], Tensor]
 
+_OTHER_DRAWS = 8  # of random numbers, in which a parameter is looked for
 _SMALLEST_SLICE = 4  # batch statistics of fewer samples say nothing of those of the whole
 
 
@@ -68,6 +70,7 @@ class HessianOperator:
             batches of its own; H is then that of the mean loss over all of them, and where a batch fails on one process
             the call fails on all. Every process has to make the same calls.
         step: Step of method ``"fd"``, from an earlier operator; by default calibrated at the first product.
+        complete: Whether a loss without a path, in any batch, to parameters that have a gradient is an error.
 
     Raises:
         ValueError: If there is no batch, no trainable parameter, or the method is unknown.
@@ -94,6 +97,7 @@ class HessianOperator:
         sandbox: Sandbox | None = None,
         sum_over_ranks: SumOverRanks | None = None,
         step: FiniteDifferenceStep | None = None,
+        complete: bool = False,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"Expected `method` to be one of {METHODS}, got {method!r}.")
@@ -117,6 +121,10 @@ class HessianOperator:
         self.loss: float | None = None
         self.unused: float | None = None
         self._graph: GradientGraph | None = None
+        self._stage: Stage = []  # of the kept graph
+        self._names = {id(p): name for name, p in module.named_parameters()}
+        self._paths_are_seen = False
+        self._complete = complete
         self.step = step
         self._entered = False
 
@@ -137,6 +145,7 @@ class HessianOperator:
         """Leave the sandbox and free the kept graph."""
         self._entered = False
         self._graph = None
+        self._stage = []
         self._sandbox.__exit__(kind, error, trace)
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -153,15 +162,16 @@ class HessianOperator:
         parts = self._split(v)
         losses = [0.0] * len(self._batches)
         unused = [1.0] * len(self._batches)
+        reached: list[list[bool]] = []
 
         def product(i: int) -> Tensor:
             keep = len(self._batches) == 1
-            graph = self._graph
-            if graph is None or graph.outdated(self._params):
-                graph = self._record(self._batches[i], i)
-                self._graph = graph if keep else None
+            graph = self._kept() or self._record(self._batches[i], i, keep=keep)
             losses[i] = graph.loss
             unused[i] = graph.unused
+            reached.append(graph.reached)
+            if self._complete and len(reached) == len(self._batches):
+                self._check_reached(reached)
             return graph.product(parts, keep=keep)
 
         mean = self._mean(product, self.size, self.dtype)
@@ -200,11 +210,10 @@ class HessianOperator:
 
         def gradient(i: int) -> Tensor:
             if keep_graph and len(self._batches) == 1 and self.method == "double-backward":
-                self._graph = self._record(self._batches[i], i)
-                return self._graph.gradient()
-            gradients = torch.autograd.grad(
-                self._evaluate(self._batches[i], points, i, dtype), points, allow_unused=True
-            )
+                return self._record(self._batches[i], i, keep=True).gradient()
+            loss = self._evaluate(self._batches[i], points, i, dtype)
+            self._check_paths(loss, points)
+            gradients = torch.autograd.grad(loss, points, allow_unused=True)
             return flatten(gradients, points, dtype or self.dtype, self.device)
 
         return self._mean(gradient, self.size, dtype or self.dtype)
@@ -334,10 +343,44 @@ class HessianOperator:
             loss = self._sandbox.evaluate(self._loss_fn, batch, parameters, stream=stream, dtype=dtype)
         return check_loss(loss, finite=finite)
 
-    def _record(self, batch: Any, stream: int) -> GradientGraph:
+    def _record(self, batch: Any, stream: int, *, keep: bool = False) -> GradientGraph:
         aliases = [p.detach().requires_grad_() for p in self._params]
         loss = self._evaluate(batch, aliases, stream)
-        return GradientGraph(loss, aliases, self._params, self.dtype, self.device)
+        self._check_paths(loss, aliases)
+        graph = GradientGraph(loss, aliases, self._params, self.dtype, self.device)
+        if keep:
+            self._graph = graph
+            self._stage = self._sandbox.stage()
+        return graph
+
+    def _kept(self) -> GradientGraph | None:
+        """Return the kept graph, with the module as it was when that was recorded."""
+        if self._graph is None or self._graph.outdated(self._params):
+            return None
+        self._sandbox.restage(self._stage)
+        return self._graph
+
+    def _check_paths(self, loss: Tensor, aliases: list[Tensor]) -> None:
+        if not self._paths_are_seen:
+            check_paths(loss, aliases, self._params, self._names)
+            self._paths_are_seen = True
+
+    def _check_reached(self, reached: list[list[bool]]) -> None:
+        """Refuse a loss without a path, in any batch, to parameters that training gives a gradient."""
+        found = [any(one) for one in zip(*reached, strict=True)]
+        if all(found):
+            return
+        trained = [not one and has_gradient(p) for one, p in zip(found, self._params, strict=True)]
+        stage = self._sandbox.stage()
+        for stream in range(len(self._batches), len(self._batches) + _OTHER_DRAWS if any(trained) else 0):
+            # Layers that are dropped at random are reached in another draw.
+            drawn = self._record(self._batches[0], stream).reached
+            trained = [one and not there for one, there in zip(trained, drawn, strict=True)]
+        self._sandbox.restage(stage)
+        missing = [p for one, p in zip(trained, self._params, strict=True) if one]
+        if missing:
+            why = "training gives them a gradient, and the loss that is measured does not"
+            raise unreached(missing, len(self._params), self._names, why)
 
     def _split(self, v: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
         pieces = torch.split(v.detach(), [p.numel() for p in self._params])

@@ -25,6 +25,7 @@ from eos_monitor.isolation.batches import clone_batch, map_batch
 from eos_monitor.isolation.copies import Copies, cast
 
 LossFn = Callable[[Any, Any], Tensor]  # loss_fn(module, batch) -> scalar mean loss
+Stage = list[tuple[nn.Module, dict[str, Any]]]
 
 
 class Sandbox:
@@ -35,7 +36,7 @@ class Sandbox:
     evaluations. On exit all of them are as they were. Attention runs on the math kernel and compiled functions run
     eagerly, because fused and compiled backwards cannot be differentiated twice; autocast is off.
 
-    What cannot be isolated: objects behind attributes other than tensors, arrays, generators and built-in containers.
+    What cannot be isolated: what hangs on objects of the libraries, on compiled classes and on globals.
 
     Args:
         module: Module whose sub-modules are isolated.
@@ -62,6 +63,7 @@ class Sandbox:
         self._seed = seed
         self._originals: list[tuple[nn.Module, dict[str, Any]]] = []
         self._parameters: list[Tensor] = []  # the live ones: during an evaluation the module holds stand-ins
+        self._stage: Stage = []  # that of the last evaluation, if anybody asked for it
         self._stack = ExitStack()
 
     def __enter__(self) -> Sandbox:
@@ -106,8 +108,11 @@ class Sandbox:
             stream: Number of the random stream (one per micro-batch, so that their dropout masks differ).
             dtype: Floating-point type that buffers, attributes and the batch are cast to; None leaves them.
         """
+        self._stage = []
         memo: dict[int, Any] = {id(p): cast(p.detach(), dtype) for p in self._parameters}
         memo |= {id(live): stand_in for live, stand_in in parameters.items()}
+        for live in {*self._parameters, *parameters}:
+            vars(memo[id(live)]).update(vars(live))  # muP's shapes, and whatever else hangs on a parameter
         copies = Copies(memo, dtype)
         for module, original in self._originals:
             _replace_attributes(module, {name: copies.of(value) for name, value in original.items()})
@@ -116,12 +121,28 @@ class Sandbox:
             module.__dict__.update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
             module.__dict__.update(self._overrides(module) if self._overrides else {})
         _seed_everything(self._seed + stream)
-        return loss_fn(self._module, map_batch(clone_batch(batch), lambda x: cast(x, dtype)))
+        loss: Tensor = copies.where_needed(loss_fn)(
+            self._module, map_batch(clone_batch(batch), lambda x: cast(x, dtype))
+        )
+        return loss
+
+    def stage(self) -> Stage:
+        """Return what the module holds after an evaluation, which a backward that recomputes needs again."""
+        self._stage = [(module, dict(module.__dict__)) for module, _ in self._originals]
+        return self._stage
+
+    def restage(self, stage: Stage) -> None:
+        """Let the module hold again what it held after an earlier evaluation."""
+        if stage is not self._stage:
+            self._stage = stage
+            for module, attributes in stage:
+                _replace_attributes(module, attributes)
 
     def _restore(self) -> None:
         for module, original in self._originals:
             _replace_attributes(module, original)
         self._originals = []
+        self._stage = []
 
 
 def check_loss(loss: Any, *, finite: bool = True) -> Tensor:
