@@ -191,8 +191,9 @@ class HessianOperator:
         points = self._points(shift)
 
         def loss(i: int) -> Tensor:
-            with torch.no_grad():  # here, because the sandbox turns recording on
-                return self._evaluate(self._batches[i], points, i, finite=finite).reshape(1)
+            # Recorded, though no graph is needed: a loss may differentiate inside.
+            loss = self._evaluate(self._batches[i], points, i, finite=finite, constant=True)
+            return loss.detach().reshape(1)
 
         return float(self._mean(loss, 1, torch.float64))
 
@@ -337,11 +338,12 @@ class HessianOperator:
         dtype: torch.dtype | None = None,
         *,
         finite: bool = True,
+        constant: bool = False,
     ) -> Tensor:
         parameters = dict(zip(self._params, points, strict=True))
         with Widened(self.dtype) if dtype == torch.float64 else nullcontext():
             loss = self._sandbox.evaluate(self._loss_fn, batch, parameters, stream=stream, dtype=dtype)
-        return check_loss(loss, finite=finite)
+        return check_loss(loss, finite=finite, constant=constant)
 
     def _record(self, batch: Any, stream: int, *, keep: bool = False) -> GradientGraph:
         aliases = [p.detach().requires_grad_() for p in self._params]

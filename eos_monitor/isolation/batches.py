@@ -31,8 +31,15 @@ def map_batch(batch: Any, leaf: Callable[[Any], Any]) -> Any:
 
 
 def clone_batch(batch: Any) -> Any:
-    """Copy a batch deeply; tensors of inference mode become ordinary ones."""
-    return map_batch(batch, lambda x: x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x))
+    """Copy a batch deeply; tensors that require a gradient become leaves, those of inference mode ordinary ones."""
+    return map_batch(batch, _clone)
+
+
+def _clone(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    # Collocation points: the loss differentiates by them.
+    return value.detach().clone().requires_grad_(value.requires_grad)
 
 
 def move_batch(batch: Any, device: torch.device | str) -> Any:

@@ -145,14 +145,20 @@ class Sandbox:
         self._stage = []
 
 
-def check_loss(loss: Any, *, finite: bool = True) -> Tensor:
-    """Return a loss as a scalar, or say why it is none."""
+def check_loss(loss: Any, *, finite: bool = True, constant: bool = False) -> Tensor:
+    """Return a loss as a scalar, or say why it is none.
+
+    Args:
+        loss: What a loss function returned.
+        finite: Whether it has to be finite.
+        constant: Whether it may be independent of all parameters.
+    """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise RuntimeError(f"Expected the loss to be a scalar tensor, got {got}.")
     if finite and not bool(torch.isfinite(loss.detach())):
         raise RuntimeError(f"Expected a finite loss, got {float(loss.detach())}.")
-    if torch.is_grad_enabled() and not loss.requires_grad:
+    if not constant and torch.is_grad_enabled() and not loss.requires_grad:
         raise RuntimeError("Expected a loss that depends on the parameters, got a constant.")
     return loss.reshape(())
 
