@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eos_monitor.curvature.finite_differences import (
+    CheckedProduct,
     FiniteDifferenceStep,
     ProductCheck,
     calibrated_step,
@@ -19,8 +19,9 @@ from eos_monitor.curvature.finite_differences import (
     check_product,
 )
 from eos_monitor.curvature.gradient_graph import GradientGraph, flatten
-from eos_monitor.curvature.paths import check_paths, has_gradient, unreached
-from eos_monitor.curvature.precision import Widened
+from eos_monitor.curvature.paths import check_paths, trained_but_unreached, unreached
+from eos_monitor.curvature.precision import Precisions, Widened
+from eos_monitor.curvature.spread import Moments, Spread, spread_of
 from eos_monitor.isolation.batches import batch_size, split_batch
 from eos_monitor.isolation.sandbox import LossFn, Sandbox, Stage, check_loss, preserve_rng
 
@@ -29,21 +30,6 @@ SumOverRanks = Callable[[Tensor], Tensor]
 
 _OTHER_DRAWS = 8  # of random numbers, in which a parameter is looked for
 _SMALLEST_SLICE = 4  # batch statistics of fewer samples say nothing of those of the whole
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Variance of a product over the parts of a probe.
-
-    Attributes:
-        parts: Number of parts.
-        along: Variance of ``uᵀ H_b u``.
-        across: Variance of the rest of ``H_b u``, summed over its directions.
-    """
-
-    parts: int
-    along: float
-    across: float
 
 
 class HessianOperator:
@@ -109,7 +95,8 @@ class HessianOperator:
             self._batches = list(batches)
         if not self._batches:
             raise ValueError("Expected at least one batch, got none.")
-        self._samples = [(batch_size_fn or batch_size)(batch) for batch in self._batches]
+        self._batch_size = batch_size_fn or batch_size
+        self._samples = [self._batch_size(batch) for batch in self._batches]
         if min(self._samples) < 1:
             raise ValueError(f"Expected batches of at least one sample, got sizes {self._samples}.")
         trainable = (p for p in module.parameters() if p.requires_grad)
@@ -233,26 +220,19 @@ class HessianOperator:
         slices = -(-least // len(self._batches))
         split = [split_batch(batch, slices, _SMALLEST_SLICE) if slices > 1 else [batch] for batch in self._batches]
         parts = [part for pieces in split for part in pieces or ()]
+        weights = [self._batch_size(part) for part in parts]
         enough = not any(pieces is None for pieces in split)
         direction = self._split(scale * u)
 
-        def moments() -> Tensor:  # Σ p_b, Σ uᵀp_b, Σ (uᵀp_b)², Σ ‖p_b‖², number of parts, whether there are too few
-            total = torch.zeros(self.size + 5, dtype=torch.float64, device=self.device)
+        def moments() -> Tensor:
+            found = Moments(u, self.device)
             for i, part in enumerate(parts if enough else ()):
-                product = (scale * self._record(part, i).product(direction, keep=False)).double()
-                along = float(product @ u.double())
-                total[: self.size] += product
-                total[self.size : -1] += total.new_tensor([along, along**2, float(product @ product), 1.0])
-            total[-1] = float(not enough)
-            return total
+                found.add(scale * self._record(part, i).product(direction, keep=False), weights[i])
+            if not enough:
+                found.give_up()
+            return found.total
 
-        total = self._sum(moments, self.size + 5, torch.float64)
-        along, along2, length2, count, missing = total[self.size :].tolist()
-        if missing:
-            return None
-        variance = (along2 - along**2 / count) / (count - 1)
-        all_directions = (length2 - float(total[: self.size] @ total[: self.size]) / count) / (count - 1)
-        return Spread(int(count), variance, max(0.0, all_directions - variance))
+        return spread_of(self._sum(moments, self.size + 7, torch.float64))
 
     def check(self, v: Tensor) -> ProductCheck:
         """Compare ``H v`` with central finite differences; double backward can be wrong without an error.
@@ -261,13 +241,32 @@ class HessianOperator:
         that the kinks of the loss explain is accepted (six gradients).
         """
         direction = v / torch.linalg.vector_norm(v)
-        return check_product(
-            self.matvec(direction),
-            self.gradient,
-            direction,
+        checked = CheckedProduct(
+            product=self.matvec(direction),
+            gradient=self.gradient,
+            in_double=self._product_in_double,
             rounding=8 * max(torch.finfo(p.dtype).eps for p in self._params),  # bfloat16 parameters: 0.06
-            error=self.step.error if self.step is not None else 0.0,
+            error=None if self.method != "fd" else self.step.error if self.step is not None else 0.0,
+            computed=self._precision,
         )
+        return check_product(checked, direction)
+
+    def _precision(self) -> torch.dtype:
+        """Return the least precision that the loss computes in."""
+        precisions = Precisions()
+        with precisions:
+            self.evaluate()
+        return precisions.shortest
+
+    def _product_in_double(self, v: Tensor) -> Tensor:
+        parts = self._split(v, torch.float64)
+
+        def product(i: int) -> Tensor:
+            aliases = [p.detach().double().requires_grad_() for p in self._params]
+            loss = self._evaluate(self._batches[i], aliases, i, torch.float64)
+            return GradientGraph(loss, aliases, self._params, torch.float64, self.device).product(parts, keep=False)
+
+        return self._mean(product, self.size, torch.float64)
 
     def calibrate(self, v: Tensor) -> FiniteDifferenceStep:
         """Choose the step of method ``"fd"`` along ``v``, for all products to come."""
@@ -372,14 +371,11 @@ class HessianOperator:
         found = [any(one) for one in zip(*reached, strict=True)]
         if all(found):
             return
-        trained = [not one and has_gradient(p) for one, p in zip(found, self._params, strict=True)]
         stage = self._sandbox.stage()
-        for stream in range(len(self._batches), len(self._batches) + _OTHER_DRAWS if any(trained) else 0):
-            # Layers that are dropped at random are reached in another draw.
-            drawn = self._record(self._batches[0], stream).reached
-            trained = [one and not there for one, there in zip(trained, drawn, strict=True)]
+        # Layers that are dropped at random are reached in another draw.
+        draws = (self._record(self._batches[0], len(self._batches) + draw).reached for draw in range(_OTHER_DRAWS))
+        missing = trained_but_unreached(found, self._params, draws)
         self._sandbox.restage(stage)
-        missing = [p for one, p in zip(trained, self._params, strict=True) if one]
         if missing:
             why = "training gives them a gradient, and the loss that is measured does not"
             raise unreached(missing, len(self._params), self._names, why)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
@@ -65,8 +65,23 @@ def unreached(missing: Sequence[Tensor], total: int, names: Mapping[int, str], w
     )
 
 
-def has_gradient(p: Tensor) -> bool:
-    """Whether training has given a parameter a gradient that is not zero."""
+def trained_but_unreached(
+    reached: Sequence[bool], params: Sequence[Tensor], draws: Iterable[Sequence[bool]]
+) -> list[Tensor]:
+    """Return the parameters that training has given a gradient and that a loss reaches in no draw.
+
+    Args:
+        reached: For each parameter, whether the loss depends on it.
+        params: The parameters.
+        draws: The same with other random numbers, looked at if need be.
+    """
+    missing = [not one and _has_gradient(p) for one, p in zip(reached, params, strict=True)]
+    for drawn in draws if any(missing) else ():
+        missing = [one and not there for one, there in zip(missing, drawn, strict=True)]
+    return [p for one, p in zip(missing, params, strict=True) if one]
+
+
+def _has_gradient(p: Tensor) -> bool:
     return p.grad is not None and bool(p.grad.detach().abs().sum() > 0)
 
 

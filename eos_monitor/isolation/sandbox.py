@@ -34,7 +34,8 @@ class Sandbox:
     Each evaluation starts from the module's state at that moment: buffers, attributes, metric states and counters are
     fresh copies, and the generators of torch, NumPy and Python are re-seeded, so that dropout masks agree between
     evaluations. On exit all of them are as they were. Attention runs on the math kernel and compiled functions run
-    eagerly, because fused and compiled backwards cannot be differentiated twice; autocast is off.
+    eagerly, because fused and compiled backwards cannot be differentiated twice; autocast is off, but where parameters
+    are of several floating-point types, which meet under the caller's autocast only.
 
     What cannot be isolated: what hangs on objects of the libraries, on compiled classes and on globals.
 
@@ -63,15 +64,24 @@ class Sandbox:
         self._seed = seed
         self._originals: list[tuple[nn.Module, dict[str, Any]]] = []
         self._parameters: list[Tensor] = []  # the live ones: during an evaluation the module holds stand-ins
+        self._autocast: list[tuple[str, torch.dtype]] = []  # the caller's, where the loss needs it
         self._stage: Stage = []  # that of the last evaluation, if anybody asked for it
         self._stack = ExitStack()
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the parameters are of several floating-point types, as those of adapters on a shorter base are."""
+        return len({p.dtype for p in self._module.parameters() if p.is_floating_point()}) > 1
 
     def __enter__(self) -> Sandbox:
         with ExitStack() as stack:
             # An inference-mode caller could not record a graph at all.
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            for kind in {p.device.type for p in self._module.parameters()} | {"cpu"}:
+            kinds = {p.device.type for p in self._module.parameters()} | {"cpu"}
+            outside = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
+            self._autocast = outside if self.is_mixed else []
+            for kind in kinds:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_eager())
@@ -121,9 +131,11 @@ class Sandbox:
             module.__dict__.update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
             module.__dict__.update(self._overrides(module) if self._overrides else {})
         _seed_everything(self._seed + stream)
-        loss: Tensor = copies.where_needed(loss_fn)(
-            self._module, map_batch(clone_batch(batch), lambda x: cast(x, dtype))
-        )
+        inputs = map_batch(clone_batch(batch), lambda x: cast(x, dtype))
+        with ExitStack() as stack:
+            for kind, short in self._autocast:
+                stack.enter_context(torch.autocast(kind, dtype=short))
+            loss: Tensor = copies.where_needed(loss_fn)(self._module, inputs)
         return loss
 
     def stage(self) -> Stage:
