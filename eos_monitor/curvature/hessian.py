@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +22,7 @@ from eos_monitor.curvature.gradient_graph import GradientGraph, flatten
 from eos_monitor.curvature.paths import check_paths, trained_but_unreached, unreached
 from eos_monitor.curvature.precision import Precisions, Widened
 from eos_monitor.curvature.spread import Moments, Spread, spread_of
-from eos_monitor.isolation.batches import batch_size, split_batch
+from eos_monitor.isolation.batches import batch_size, doubt_about_samples, is_time_first, split_batch
 from eos_monitor.isolation.sandbox import LossFn, Sandbox, Stage, check_loss, preserve_rng
 
 METHODS = ("auto", "double-backward", "fd")
@@ -96,7 +96,9 @@ class HessianOperator:
         if not self._batches:
             raise ValueError("Expected at least one batch, got none.")
         self._batch_size = batch_size_fn or batch_size
+        self._time_first = batch_size_fn is None and is_time_first(module)
         self._samples = [self._batch_size(batch) for batch in self._batches]
+        self.doubt = None if batch_size_fn else doubt_about_samples(module, self._batches, self._samples)
         if min(self._samples) < 1:
             raise ValueError(f"Expected batches of at least one sample, got sizes {self._samples}.")
         trainable = (p for p in module.parameters() if p.requires_grad)
@@ -221,7 +223,13 @@ class HessianOperator:
         split = [split_batch(batch, slices, _SMALLEST_SLICE) if slices > 1 else [batch] for batch in self._batches]
         parts = [part for pieces in split for part in pieces or ()]
         weights = [self._batch_size(part) for part in parts]
-        enough = not any(pieces is None for pieces in split)
+        # Slices of time are no samples.
+        cut = slices == 1 or (sum(weights) == self.samples and not self._time_first)
+        enough = cut and not any(pieces is None for pieces in split)
+        # Whole batches add up to the whole by themselves. With several processes all have to take the product.
+        whole = None
+        if slices > 1 or self._sum_over_ranks is not None:
+            whole = float((scale * self.matvec(scale * u)).double() @ u.double())
         direction = self._split(scale * u)
 
         def moments() -> Tensor:
@@ -232,7 +240,7 @@ class HessianOperator:
                 found.give_up()
             return found.total
 
-        return spread_of(self._sum(moments, self.size + 7, torch.float64))
+        return spread_of(self._sum(moments, self.size + 7, torch.float64), whole)
 
     def check(self, v: Tensor) -> ProductCheck:
         """Compare ``H v`` with central finite differences; double backward can be wrong without an error.
@@ -317,11 +325,8 @@ class HessianOperator:
             raise RuntimeError(f"Expected a loss on every process, got {failure or 'a failure on another one'!r}.")
         return total[:size]
 
-    def _inside(self) -> ExitStack:
-        stack = ExitStack()
-        if not self._entered:
-            stack.enter_context(self._sandbox)
-        return stack
+    def _inside(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._entered else self._sandbox
 
     def _points(self, shift: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor]:
         points = [p.detach() if dtype is None else p.detach().to(dtype) for p in self._params]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_DEVIATION = 0.1  # of the whole; sums over samples are off by the number of slices, 2 and more
 
 
 @dataclass(frozen=True)
@@ -17,12 +20,23 @@ class Spread:
         mean: Mean of ``uᵀ H_b u`` over all samples, so that of the whole where the loss is a mean over samples.
         along: Variance of ``uᵀ H_b u``.
         across: Variance of the rest of ``H_b u``, summed over its directions.
+        whole: ``uᵀ H u`` of the whole batches.
     """
 
     parts: int
     mean: float
     along: float
     across: float
+    whole: float
+
+    @property
+    def reproduces(self) -> bool:
+        """Whether the parts' mean is that of the whole, but for what chance (dropout, batch statistics) explains.
+
+        Sums over samples, or losses that relate samples to one another, are off by factors.
+        """
+        allowed = _DEVIATION * abs(self.whole) + 3 * math.sqrt(max(0.0, self.along) / self.parts)
+        return abs(self.mean - self.whole) <= allowed
 
 
 class Moments:
@@ -54,11 +68,13 @@ class Moments:
         self.total[-1] = 1.0
 
 
-def spread_of(total: Tensor) -> Spread | None:
+def spread_of(total: Tensor, whole: float | None) -> Spread | None:
     """Return the spread that sums over all parts say; None if some process has too few."""
     weighted, weight, along, along2, length2, count, missing = total[-7:].tolist()
     if missing:
         return None
     variance = (along2 - along**2 / count) / (count - 1)
     all_directions = (length2 - float(total[:-7] @ total[:-7]) / count) / (count - 1)
-    return Spread(int(count), weighted / weight, variance, max(0.0, all_directions - variance))
+    mean = weighted / weight
+    across = max(0.0, all_directions - variance)
+    return Spread(int(count), mean, variance, across, mean if whole is None else whole)

@@ -210,6 +210,9 @@ class Engine:
         measurement = self.guard.run(MEASURING, lambda: everywhere(here, self.ranks.sum, "a reading"), smaller=smaller)
         if measurement is None:
             return None
+        for note in measurement.reading.notes:
+            if "batch_size_fn" in note:
+                self.guard.warn_once("samples", f"eos_monitor: {note}.")
         if self.samples.halved:
             self.guard.warn_once("halved", f"eos_monitor: memory ran out in a reading; {HALVED}.")
             notes = (*measurement.reading.notes, HALVED)

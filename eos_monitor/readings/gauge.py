@@ -109,7 +109,7 @@ class Gauge:
                 self._products = self._products or check_products(operator, v)
             loss = operator.loss if operator.loss is not None else operator.evaluate()
             self._step = operator.step
-        notes = _notes(curvature, operator, self.check_note, self._sampling.note)
+        notes = _notes(curvature, operator, self.check_note, self._sampling.note, operator.doubt)
         reading = replace(reading, loss=loss, notes=notes)
         if curvature.ready and not self.products_are_wrong:
             without = bool(curvature.without_threshold)
