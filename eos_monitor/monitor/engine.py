@@ -214,7 +214,6 @@ class Engine:
             if "batch_size_fn" in note:
                 self.guard.warn_once("samples", f"eos_monitor: {note}.")
         if self.samples.halved:
-            self.guard.warn_once("halved", f"eos_monitor: memory ran out in a reading; {HALVED}.")
             notes = (*measurement.reading.notes, HALVED)
             measurement = replace(measurement, reading=replace(measurement.reading, notes=notes))
         if self._gauge.products_are_wrong:

@@ -13,8 +13,8 @@ from eos_monitor.readings.settings import Probe
 
 _MAX_BYTES = 256 * 2**20
 HALVED = (
-    "since then readings are of halved batches, which is another loss where it is not a mean over samples; a probe of "
-    "smaller batches avoids this"
+    "memory ran out, and since then readings are of halved batches, which is another loss where that is "
+    "no mean over samples; a probe of smaller batches avoids this"
 )
 
 
