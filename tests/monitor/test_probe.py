@@ -491,10 +491,12 @@ def test_advisory_and_report_are_those_of_the_run() -> None:
 
 
 class Memory:
-    """An object that no sandbox copies."""
+    """An object that no sandbox copies, because a copy would be finalized too."""
 
     def __init__(self) -> None:
         self.calls = 0
+
+    def __del__(self) -> None: ...
 
 
 @pytest.mark.parametrize(("verify", "stops"), [("first", True), (False, False)])
