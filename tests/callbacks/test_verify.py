@@ -36,21 +36,29 @@ STEPS = 8
 # ---------------------------------------------------------------- objects that the sandbox shares with a reading
 
 
-class Box:
+class Kept:
+    """With a finalizer the sandbox shares its instances: a copy would be finalized too."""
+
+    __slots__ = ()
+
+    def __del__(self) -> None: ...
+
+
+class Box(Kept):
     """Any object of the user's."""
 
     def __init__(self, **held: Any) -> None:
         self.__dict__.update(held)
 
 
-class Slotted:
+class Slotted(Kept):
     __slots__ = ("average", "never_set")
 
     def __init__(self) -> None:
         self.average = torch.zeros(3)
 
 
-class Replay:
+class Replay(Kept):
     def __init__(self) -> None:
         self.items: list[torch.Tensor] = []
 
@@ -58,7 +66,7 @@ class Replay:
         self.items.append(item.detach())
 
 
-class Stream:
+class Stream(Kept):
     def __init__(self) -> None:
         self.at = 0
 
