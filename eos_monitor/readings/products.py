@@ -33,6 +33,14 @@ def check_products(operator: HessianOperator, v: Tensor, random: Tensor | None =
     if random is not None:
         v = v / length_of(v) + random / length_of(random)
     check = operator.check(v)
+    if check.asymmetry:
+        return CheckedProducts(
+            True,
+            f"what the loss gives as its gradient has no potential (vᵀJw and wᵀJv differ by {check.asymmetry:.1%}), as "
+            "with stop-gradients, targets from the net itself, gradient reversal and straight-through estimators: "
+            "there is no Hessian, and no edge is reported. batch_sharpness(method='fd') looks along this field "
+            "itself and still holds, and so does what the verdict takes from losses and updates.",
+        )
     if not check.passed:
         return CheckedProducts(
             True,
@@ -45,6 +53,9 @@ def check_products(operator: HessianOperator, v: Tensor, random: Tensor | None =
         return CheckedProducts(
             False, f"finite differences are inexact here, by {check.mismatch:.1%} (kinks, or rounding)"
         )
+    if check.mismatch > 1e-2 and torch.finfo(check.computed).bits < 32:
+        kind = str(check.computed).removeprefix("torch.")
+        return CheckedProducts(False, f"the loss computes in {kind}: products carry {check.mismatch:.1%} of rounding")
     if check.dtype != torch.float64:
         return CheckedProducts(
             False,
