@@ -19,7 +19,7 @@ from eos_monitor.curvature.finite_differences import (
     check_product,
 )
 from eos_monitor.curvature.gradient_graph import GradientGraph, flatten
-from eos_monitor.curvature.paths import check_paths, trained_but_unreached, unreached
+from eos_monitor.curvature.paths import check_parameters, check_paths, trained_but_unreached, unreached
 from eos_monitor.curvature.precision import Precisions, Widened
 from eos_monitor.curvature.spread import Moments, Spread, spread_of
 from eos_monitor.isolation.batches import batch_size, doubt_about_samples, is_time_first, split_batch
@@ -103,7 +103,7 @@ class HessianOperator:
             raise ValueError(f"Expected batches of at least one sample, got sizes {self._samples}.")
         trainable = (p for p in module.parameters() if p.requires_grad)
         self._params: list[Tensor] = list(params if params is not None else trainable)
-        _check_parameters(self._params)
+        check_parameters(self._params)
         self.size = sum(p.numel() for p in self._params)
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._params) else torch.float32
         self.device = self._params[0].device
@@ -114,6 +114,8 @@ class HessianOperator:
         self._names = {id(p): name for name, p in module.named_parameters()}
         self._paths_are_seen = False
         self._complete = complete
+        self._reached = [True] * len(self._params)  # by the loss at the last product
+        self._gradients = [p.grad if complete else None for p in self._params]  # training's: a loss may set others
         self.step = step
         self._entered = False
 
@@ -165,6 +167,7 @@ class HessianOperator:
 
         mean = self._mean(product, self.size, self.dtype)
         self.unused = min(unused)
+        self._reached = [any(one) for one in zip(*reached, strict=True)]
         # The loss of this process alone is no mean over the others.
         if self._sum_over_ranks is None:
             self.loss = sum(n * loss for n, loss in zip(self._samples, losses, strict=True)) / self.samples
@@ -181,8 +184,7 @@ class HessianOperator:
 
         def loss(i: int) -> Tensor:
             # Recorded, though no graph is needed: a loss may differentiate inside.
-            loss = self._evaluate(self._batches[i], points, i, finite=finite, constant=True)
-            return loss.detach().reshape(1)
+            return self._evaluate(self._batches[i], points, i, finite=finite, constant=True).detach().reshape(1)
 
         return float(self._mean(loss, 1, torch.float64))
 
@@ -258,6 +260,12 @@ class HessianOperator:
             computed=self._precision,
         )
         return check_product(checked, direction)
+
+    def reached_part(self, v: Tensor) -> Tensor:
+        """Return ``v``, ``(n,)``, without parameters that the last product did not reach in any batch: they rest."""
+        flags = torch.tensor(self._reached, dtype=v.dtype, device=self.device)
+        flags = self._sum(lambda: flags, len(flags), v.dtype) if self._sum_over_ranks else flags
+        return v * (flags > 0).repeat_interleave(torch.tensor([p.numel() for p in self._params], device=self.device))
 
     def _precision(self) -> torch.dtype:
         """Return the least precision that the loss computes in."""
@@ -380,22 +388,12 @@ class HessianOperator:
         stage = self._sandbox.stage()
         # Layers that are dropped at random are reached in another draw.
         draws = (self._record(self._batches[0], len(self._batches) + draw).reached for draw in range(_OTHER_DRAWS))
-        missing = trained_but_unreached(found, self._params, draws)
+        missing = trained_but_unreached(found, self._params, self._gradients, draws)
         self._sandbox.restage(stage)
         if missing:
             why = "training gives them a gradient, and the loss that is measured does not"
             raise unreached(missing, len(self._params), self._names, why)
 
     def _split(self, v: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-        pieces = torch.split(v.detach(), [p.numel() for p in self._params])
-        return [
-            piece.view(p.shape).to(p.device, dtype or p.dtype) for piece, p in zip(pieces, self._params, strict=True)
-        ]
-
-
-def _check_parameters(params: list[Tensor]) -> None:
-    if not params:
-        raise ValueError("Expected at least one trainable parameter, got none.")
-    for p in params:
-        if not p.is_floating_point():
-            raise TypeError(f"Expected real floating-point parameters, got {p.dtype}.")
+        parts = torch.split(v.detach(), [p.numel() for p in self._params])
+        return [x.view(p.shape).to(p.device, dtype or p.dtype) for x, p in zip(parts, self._params, strict=True)]

@@ -49,6 +49,15 @@ def check_paths(loss: Tensor, aliases: Sequence[Tensor], params: Sequence[Tensor
         raise unreached(missing, len(params), names, f"the path to them ends in {', '.join(ends)}")
 
 
+def check_parameters(params: Sequence[Tensor]) -> None:
+    """Refuse parameters that cannot be differentiated."""
+    if not params:
+        raise ValueError("Expected at least one trainable parameter, got none.")
+    for p in params:
+        if not p.is_floating_point():
+            raise TypeError(f"Expected real floating-point parameters, got {p.dtype}.")
+
+
 def unreached(missing: Sequence[Tensor], total: int, names: Mapping[int, str], why: str) -> RuntimeError:
     """Return the error of a loss without a path to parameters that are trained.
 
@@ -66,23 +75,27 @@ def unreached(missing: Sequence[Tensor], total: int, names: Mapping[int, str], w
 
 
 def trained_but_unreached(
-    reached: Sequence[bool], params: Sequence[Tensor], draws: Iterable[Sequence[bool]]
+    reached: Sequence[bool],
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    draws: Iterable[Sequence[bool]],
 ) -> list[Tensor]:
     """Return the parameters that training has given a gradient and that a loss reaches in no draw.
 
     Args:
         reached: For each parameter, whether the loss depends on it.
         params: The parameters.
+        gradients: Their gradients from training.
         draws: The same with other random numbers, looked at if need be.
     """
-    missing = [not one and _has_gradient(p) for one, p in zip(reached, params, strict=True)]
+    missing = [not one and _is_nonzero(gradient) for one, gradient in zip(reached, gradients, strict=True)]
     for drawn in draws if any(missing) else ():
         missing = [one and not there for one, there in zip(missing, drawn, strict=True)]
     return [p for one, p in zip(missing, params, strict=True) if one]
 
 
-def _has_gradient(p: Tensor) -> bool:
-    return p.grad is not None and bool(p.grad.detach().abs().sum() > 0)
+def _is_nonzero(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.detach().abs().sum() > 0)
 
 
 def _told(params: Sequence[Tensor], names: Mapping[int, str]) -> str:

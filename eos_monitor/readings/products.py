@@ -31,6 +31,8 @@ def check_products(operator: HessianOperator, v: Tensor, random: Tensor | None =
     same length added there is something to compare; where λ_max is not 0, the mode's part prevails all the same.
     """
     if random is not None:
+        # Not along what the loss sees but no gradient reaches (layers before a detach): training leaves that alone.
+        random = operator.reached_part(random)
         v = v / length_of(v) + random / length_of(random)
     check = operator.check(v)
     if check.asymmetry:
