@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from eos_monitor.callbacks.losses import MeasuredLoss
 from eos_monitor.callbacks.monitor_settings import MonitorSettings
@@ -140,10 +148,40 @@ class TrainerGauge:
             return told
         samples = self._engine.samples
         batches = self._trainer.num_training_batches
+        if not same_data_each_epoch(self._trainer.train_dataloader, batches):
+            return False
         one_step_an_epoch = batches == 1 or self._trainer.accumulate_grad_batches >= batches
         if samples.kind == "batch":
             return bool(batches == 1)
         return bool(one_step_an_epoch and samples.kind == "fixed" and samples.seen == batches and samples.whole)
+
+
+def same_data_each_epoch(loader: Any, batches: int) -> bool:
+    """Whether every epoch of so many batches is of the same samples; of a loader of a kind of its own, if it is whole.
+
+    Args:
+        loader: The training DataLoader, or a collection of some.
+        batches: Batches that an epoch uses, fewer than there are under ``limit_train_batches``.
+    """
+    if isinstance(loader, Mapping):
+        return all(same_data_each_epoch(one, batches) for one in loader.values())
+    if isinstance(loader, (list, tuple)) and not all(isinstance(one, Tensor) for one in loader):
+        return all(same_data_each_epoch(one, batches) for one in loader)
+    if not isinstance(loader, DataLoader):
+        return not hasattr(loader, "__len__") or len(loader) <= batches
+    if isinstance(loader.dataset, IterableDataset):
+        return False  # nobody knows what it yields next
+    batched = loader.batch_sampler
+    if batched is not None and type(batched) is not BatchSampler:
+        return False
+    sampler: Any = loader.sampler if batched is None else batched.sampler
+    if type(sampler) is SequentialSampler:
+        return True
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    drawn_once = type(sampler) in (RandomSampler, DistributedSampler) and not getattr(sampler, "replacement", False)
+    dropped = batched is not None and batched.drop_last and len(sampler) % batched.batch_size != 0
+    replicas = getattr(sampler, "num_replicas", 1)
+    return drawn_once and len(sampler) * replicas == size and not dropped and len(loader) <= batches
 
 
 def first_double_backward(device: torch.device) -> None:

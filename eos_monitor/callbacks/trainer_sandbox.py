@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from eos_monitor.isolation.sandbox import Sandbox
+from eos_monitor.isolation.sandbox import LossFn, Sandbox
 
 _LOGGING = ("log", "log_dict", "print")
 _PLAIN = (str, int, float, bool, bytes, list, tuple, dict, set)
@@ -32,6 +33,7 @@ class TrainerSandbox(Sandbox):
         self._trainer = trainer
         self._loggers: list[Any] = []
         self._should_stop = False
+        self._is_mixed = self.is_mixed
 
     def __enter__(self) -> TrainerSandbox:
         super().__enter__()
@@ -47,6 +49,12 @@ class TrainerSandbox(Sandbox):
         self._trainer._loggers = self._loggers
         self._trainer.should_stop = self._should_stop
         super().__exit__(kind, error, trace)
+
+    def evaluate(self, loss_fn: LossFn, batch: Any, parameters: Mapping[Tensor, Tensor], **settings: Any) -> Tensor:
+        """Return the loss, under the Trainer's autocast where parameters of several types need it to meet."""
+        plugin = self._trainer.precision_plugin
+        with plugin.forward_context() if self._is_mixed else nullcontext():
+            return super().evaluate(loss_fn, batch, parameters, **settings)
 
 
 def _silent(module: nn.Module) -> dict[str, Callable[..., None]]:

@@ -21,6 +21,7 @@ class GradientGraph:
     Attributes:
         loss: The loss.
         unused: Share of the coordinates that the loss does not depend on.
+        reached: For each parameter, whether the loss depends on it.
     """
 
     def __init__(
@@ -34,7 +35,8 @@ class GradientGraph:
         self._versions = [p._version for p in params]
         # Not materialize_grads: it would turn reentrant checkpointing into a Hessian of silent zeros.
         gradients = torch.autograd.grad(loss, aliases, create_graph=True, allow_unused=True)
-        used = sum(p.numel() for g, p in zip(gradients, params, strict=True) if g is not None)
+        self.reached = [g is not None for g in gradients]
+        used = sum(p.numel() for p, reached in zip(params, self.reached, strict=True) if reached)
         self.unused = 1.0 - used / sum(p.numel() for p in params)
         if used == 0:
             raise RuntimeError(

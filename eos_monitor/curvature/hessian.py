@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eos_monitor.curvature.finite_differences import (
+    CheckedProduct,
     FiniteDifferenceStep,
     ProductCheck,
     calibrated_step,
@@ -19,29 +19,17 @@ from eos_monitor.curvature.finite_differences import (
     check_product,
 )
 from eos_monitor.curvature.gradient_graph import GradientGraph, flatten
-from eos_monitor.curvature.precision import Widened
-from eos_monitor.isolation.batches import batch_size, split_batch
-from eos_monitor.isolation.sandbox import LossFn, Sandbox, check_loss, preserve_rng
+from eos_monitor.curvature.paths import check_parameters, check_paths, trained_but_unreached, unreached
+from eos_monitor.curvature.precision import Precisions, Widened
+from eos_monitor.curvature.spread import Moments, Spread, spread_of
+from eos_monitor.isolation.batches import batch_size, doubt_about_samples, is_time_first, split_batch
+from eos_monitor.isolation.sandbox import LossFn, Sandbox, Stage, check_loss, preserve_rng
 
 METHODS = ("auto", "double-backward", "fd")
 SumOverRanks = Callable[[Tensor], Tensor]
 
+_OTHER_DRAWS = 8  # of random numbers, in which a parameter is looked for
 _SMALLEST_SLICE = 4  # batch statistics of fewer samples say nothing of those of the whole
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Variance of a product over the parts of a probe.
-
-    Attributes:
-        parts: Number of parts.
-        along: Variance of ``uᵀ H_b u``.
-        across: Variance of the rest of ``H_b u``, summed over its directions.
-    """
-
-    parts: int
-    along: float
-    across: float
 
 
 class HessianOperator:
@@ -68,6 +56,7 @@ class HessianOperator:
             batches of its own; H is then that of the mean loss over all of them, and where a batch fails on one process
             the call fails on all. Every process has to make the same calls.
         step: Step of method ``"fd"``, from an earlier operator; by default calibrated at the first product.
+        complete: Whether a loss without a path, in any batch, to parameters that have a gradient is an error.
 
     Raises:
         ValueError: If there is no batch, no trainable parameter, or the method is unknown.
@@ -94,6 +83,7 @@ class HessianOperator:
         sandbox: Sandbox | None = None,
         sum_over_ranks: SumOverRanks | None = None,
         step: FiniteDifferenceStep | None = None,
+        complete: bool = False,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"Expected `method` to be one of {METHODS}, got {method!r}.")
@@ -105,18 +95,27 @@ class HessianOperator:
             self._batches = list(batches)
         if not self._batches:
             raise ValueError("Expected at least one batch, got none.")
-        self._samples = [(batch_size_fn or batch_size)(batch) for batch in self._batches]
+        self._batch_size = batch_size_fn or batch_size
+        self._time_first = batch_size_fn is None and is_time_first(module)
+        self._samples = [self._batch_size(batch) for batch in self._batches]
+        self.doubt = None if batch_size_fn else doubt_about_samples(module, self._batches, self._samples)
         if min(self._samples) < 1:
             raise ValueError(f"Expected batches of at least one sample, got sizes {self._samples}.")
         trainable = (p for p in module.parameters() if p.requires_grad)
         self._params: list[Tensor] = list(params if params is not None else trainable)
-        _check_parameters(self._params)
+        check_parameters(self._params)
         self.size = sum(p.numel() for p in self._params)
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._params) else torch.float32
         self.device = self._params[0].device
         self.loss: float | None = None
         self.unused: float | None = None
         self._graph: GradientGraph | None = None
+        self._stage: Stage = []  # of the kept graph
+        self._names = {id(p): name for name, p in module.named_parameters()}
+        self._paths_are_seen = False
+        self._complete = complete
+        self._reached = [True] * len(self._params)  # by the loss at the last product
+        self._gradients = [p.grad if complete else None for p in self._params]  # training's: a loss may set others
         self.step = step
         self._entered = False
 
@@ -137,6 +136,7 @@ class HessianOperator:
         """Leave the sandbox and free the kept graph."""
         self._entered = False
         self._graph = None
+        self._stage = []
         self._sandbox.__exit__(kind, error, trace)
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -153,19 +153,21 @@ class HessianOperator:
         parts = self._split(v)
         losses = [0.0] * len(self._batches)
         unused = [1.0] * len(self._batches)
+        reached: list[list[bool]] = []
 
         def product(i: int) -> Tensor:
             keep = len(self._batches) == 1
-            graph = self._graph
-            if graph is None or graph.outdated(self._params):
-                graph = self._record(self._batches[i], i)
-                self._graph = graph if keep else None
+            graph = self._kept() or self._record(self._batches[i], i, keep=keep)
             losses[i] = graph.loss
             unused[i] = graph.unused
+            reached.append(graph.reached)
+            if self._complete and len(reached) == len(self._batches):
+                self._check_reached(reached)
             return graph.product(parts, keep=keep)
 
         mean = self._mean(product, self.size, self.dtype)
         self.unused = min(unused)
+        self._reached = [any(one) for one in zip(*reached, strict=True)]
         # The loss of this process alone is no mean over the others.
         if self._sum_over_ranks is None:
             self.loss = sum(n * loss for n, loss in zip(self._samples, losses, strict=True)) / self.samples
@@ -181,8 +183,8 @@ class HessianOperator:
         points = self._points(shift)
 
         def loss(i: int) -> Tensor:
-            with torch.no_grad():  # here, because the sandbox turns recording on
-                return self._evaluate(self._batches[i], points, i, finite=finite).reshape(1)
+            # Recorded, though no graph is needed: a loss may differentiate inside.
+            return self._evaluate(self._batches[i], points, i, finite=finite, constant=True).detach().reshape(1)
 
         return float(self._mean(loss, 1, torch.float64))
 
@@ -200,11 +202,10 @@ class HessianOperator:
 
         def gradient(i: int) -> Tensor:
             if keep_graph and len(self._batches) == 1 and self.method == "double-backward":
-                self._graph = self._record(self._batches[i], i)
-                return self._graph.gradient()
-            gradients = torch.autograd.grad(
-                self._evaluate(self._batches[i], points, i, dtype), points, allow_unused=True
-            )
+                return self._record(self._batches[i], i, keep=True).gradient()
+            loss = self._evaluate(self._batches[i], points, i, dtype)
+            self._check_paths(loss, points)
+            gradients = torch.autograd.grad(loss, points, allow_unused=True)
             return flatten(gradients, points, dtype or self.dtype, self.device)
 
         return self._mean(gradient, self.size, dtype or self.dtype)
@@ -223,26 +224,25 @@ class HessianOperator:
         slices = -(-least // len(self._batches))
         split = [split_batch(batch, slices, _SMALLEST_SLICE) if slices > 1 else [batch] for batch in self._batches]
         parts = [part for pieces in split for part in pieces or ()]
-        enough = not any(pieces is None for pieces in split)
+        weights = [self._batch_size(part) for part in parts]
+        # Slices of time are no samples.
+        cut = slices == 1 or (sum(weights) == self.samples and not self._time_first)
+        enough = cut and not any(pieces is None for pieces in split)
+        # Whole batches add up to the whole by themselves. With several processes all have to take the product.
+        whole = None
+        if slices > 1 or self._sum_over_ranks is not None:
+            whole = float((scale * self.matvec(scale * u)).double() @ u.double())
         direction = self._split(scale * u)
 
-        def moments() -> Tensor:  # Σ p_b, Σ uᵀp_b, Σ (uᵀp_b)², Σ ‖p_b‖², number of parts, whether there are too few
-            total = torch.zeros(self.size + 5, dtype=torch.float64, device=self.device)
+        def moments() -> Tensor:
+            found = Moments(u, self.device)
             for i, part in enumerate(parts if enough else ()):
-                product = (scale * self._record(part, i).product(direction, keep=False)).double()
-                along = float(product @ u.double())
-                total[: self.size] += product
-                total[self.size : -1] += total.new_tensor([along, along**2, float(product @ product), 1.0])
-            total[-1] = float(not enough)
-            return total
+                found.add(scale * self._record(part, i).product(direction, keep=False), weights[i])
+            if not enough:
+                found.give_up()
+            return found.total
 
-        total = self._sum(moments, self.size + 5, torch.float64)
-        along, along2, length2, count, missing = total[self.size :].tolist()
-        if missing:
-            return None
-        variance = (along2 - along**2 / count) / (count - 1)
-        all_directions = (length2 - float(total[: self.size] @ total[: self.size]) / count) / (count - 1)
-        return Spread(int(count), variance, max(0.0, all_directions - variance))
+        return spread_of(self._sum(moments, self.size + 7, torch.float64), whole)
 
     def check(self, v: Tensor) -> ProductCheck:
         """Compare ``H v`` with central finite differences; double backward can be wrong without an error.
@@ -251,13 +251,38 @@ class HessianOperator:
         that the kinks of the loss explain is accepted (six gradients).
         """
         direction = v / torch.linalg.vector_norm(v)
-        return check_product(
-            self.matvec(direction),
-            self.gradient,
-            direction,
+        checked = CheckedProduct(
+            product=self.matvec(direction),
+            gradient=self.gradient,
+            in_double=self._product_in_double,
             rounding=8 * max(torch.finfo(p.dtype).eps for p in self._params),  # bfloat16 parameters: 0.06
-            error=self.step.error if self.step is not None else 0.0,
+            error=None if self.method != "fd" else self.step.error if self.step is not None else 0.0,
+            computed=self._precision,
         )
+        return check_product(checked, direction)
+
+    def reached_part(self, v: Tensor) -> Tensor:
+        """Return ``v``, ``(n,)``, without parameters that the last product did not reach in any batch: they rest."""
+        flags = torch.tensor(self._reached, dtype=v.dtype, device=self.device)
+        flags = self._sum(lambda: flags, len(flags), v.dtype) if self._sum_over_ranks else flags
+        return v * (flags > 0).repeat_interleave(torch.tensor([p.numel() for p in self._params], device=self.device))
+
+    def _precision(self) -> torch.dtype:
+        """Return the least precision that the loss computes in."""
+        precisions = Precisions()
+        with precisions:
+            self.evaluate()
+        return precisions.shortest
+
+    def _product_in_double(self, v: Tensor) -> Tensor:
+        parts = self._split(v, torch.float64)
+
+        def product(i: int) -> Tensor:
+            aliases = [p.detach().double().requires_grad_() for p in self._params]
+            loss = self._evaluate(self._batches[i], aliases, i, torch.float64)
+            return GradientGraph(loss, aliases, self._params, torch.float64, self.device).product(parts, keep=False)
+
+        return self._mean(product, self.size, torch.float64)
 
     def calibrate(self, v: Tensor) -> FiniteDifferenceStep:
         """Choose the step of method ``"fd"`` along ``v``, for all products to come."""
@@ -300,21 +325,17 @@ class HessianOperator:
             with self._inside():
                 total[:size] = local()
         except Exception as error:
-            # The others wait in the sum: meet them there with empty hands, and fail together.
-            failure = repr(
-                error
-            )  # not the error: its traceback holds this frame, and with it every tensor of the reading
+            # The others wait in the sum: meet them there with empty hands, and fail together. The error itself is not
+            # kept: its traceback holds this frame, and with it every tensor of the reading.
+            failure = repr(error)
             total.zero_()[-1] = 1.0
         total = self._sum_over_ranks(total)
         if float(total[-1]) > 0.0:
             raise RuntimeError(f"Expected a loss on every process, got {failure}.")
         return total[:size]
 
-    def _inside(self) -> ExitStack:
-        stack = ExitStack()
-        if not self._entered:
-            stack.enter_context(self._sandbox)
-        return stack
+    def _inside(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._entered else self._sandbox
 
     def _points(self, shift: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor]:
         points = [p.detach() if dtype is None else p.detach().to(dtype) for p in self._params]
@@ -330,27 +351,49 @@ class HessianOperator:
         dtype: torch.dtype | None = None,
         *,
         finite: bool = True,
+        constant: bool = False,
     ) -> Tensor:
         parameters = dict(zip(self._params, points, strict=True))
         with Widened(self.dtype) if dtype == torch.float64 else nullcontext():
             loss = self._sandbox.evaluate(self._loss_fn, batch, parameters, stream=stream, dtype=dtype)
-        return check_loss(loss, finite=finite)
+        return check_loss(loss, finite=finite, constant=constant)
 
-    def _record(self, batch: Any, stream: int) -> GradientGraph:
+    def _record(self, batch: Any, stream: int, *, keep: bool = False) -> GradientGraph:
         aliases = [p.detach().requires_grad_() for p in self._params]
         loss = self._evaluate(batch, aliases, stream)
-        return GradientGraph(loss, aliases, self._params, self.dtype, self.device)
+        self._check_paths(loss, aliases)
+        graph = GradientGraph(loss, aliases, self._params, self.dtype, self.device)
+        if keep:
+            self._graph = graph
+            self._stage = self._sandbox.stage()
+        return graph
+
+    def _kept(self) -> GradientGraph | None:
+        """Return the kept graph, with the module as it was when that was recorded."""
+        if self._graph is None or self._graph.outdated(self._params):
+            return None
+        self._sandbox.restage(self._stage)
+        return self._graph
+
+    def _check_paths(self, loss: Tensor, aliases: list[Tensor]) -> None:
+        if not self._paths_are_seen:
+            check_paths(loss, aliases, self._params, self._names)
+            self._paths_are_seen = True
+
+    def _check_reached(self, reached: list[list[bool]]) -> None:
+        """Refuse a loss without a path, in any batch, to parameters that training gives a gradient."""
+        found = [any(one) for one in zip(*reached, strict=True)]
+        if all(found):
+            return
+        stage = self._sandbox.stage()
+        # Layers that are dropped at random are reached in another draw.
+        draws = (self._record(self._batches[0], len(self._batches) + draw).reached for draw in range(_OTHER_DRAWS))
+        missing = trained_but_unreached(found, self._params, self._gradients, draws)
+        self._sandbox.restage(stage)
+        if missing:
+            why = "training gives them a gradient, and the loss that is measured does not"
+            raise unreached(missing, len(self._params), self._names, why)
 
     def _split(self, v: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-        pieces = torch.split(v.detach(), [p.numel() for p in self._params])
-        return [
-            piece.view(p.shape).to(p.device, dtype or p.dtype) for piece, p in zip(pieces, self._params, strict=True)
-        ]
-
-
-def _check_parameters(params: list[Tensor]) -> None:
-    if not params:
-        raise ValueError("Expected at least one trainable parameter, got none.")
-    for p in params:
-        if not p.is_floating_point():
-            raise TypeError(f"Expected real floating-point parameters, got {p.dtype}.")
+        parts = torch.split(v.detach(), [p.numel() for p in self._params])
+        return [x.view(p.shape).to(p.device, dtype or p.dtype) for x, p in zip(parts, self._params, strict=True)]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Draws whose numbers depend on the precision that they are drawn in; dropout's do not.
 _IN_PLACE = ("normal_", "uniform_")
@@ -47,3 +49,25 @@ class Widened(TorchFunctionMode):
 def _widen(argument: Any) -> Any:
     short = isinstance(argument, torch.dtype) and argument.is_floating_point
     return torch.float64 if short else argument
+
+
+class Precisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Mode that notes the floating-point types that operators return, those inside autocast among them.
+
+    Attributes:
+        seen: The types.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[torch.dtype] = set()
+
+    @property
+    def shortest(self) -> torch.dtype:
+        """The least precise one."""
+        return max(self.seen, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {x.dtype for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()}
+        return result

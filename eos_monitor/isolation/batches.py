@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 
 def map_batch(batch: Any, leaf: Callable[[Any], Any]) -> Any:
@@ -31,8 +32,15 @@ def map_batch(batch: Any, leaf: Callable[[Any], Any]) -> Any:
 
 
 def clone_batch(batch: Any) -> Any:
-    """Copy a batch deeply; tensors of inference mode become ordinary ones."""
-    return map_batch(batch, lambda x: x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x))
+    """Copy a batch deeply; tensors that require a gradient become leaves, those of inference mode ordinary ones."""
+    return map_batch(batch, _clone)
+
+
+def _clone(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    # Collocation points: the loss differentiates by them.
+    return value.detach().clone().requires_grad_(value.requires_grad)
 
 
 def move_batch(batch: Any, device: torch.device | str) -> Any:
@@ -55,25 +63,85 @@ def batch_tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def batch_size(batch: Any) -> int:
-    """Return the first dimension of the batch's first tensor.
+    """Return the number of samples in a batch: the first dimension that most of what it holds agrees on.
+
+    What it holds are tensors, and lists of samples (images of several sizes, targets as mappings), which count by their
+    length. Where as many say one as another, the first tensor decides; :func:`in_doubt` tells.
 
     Raises:
         ValueError: If the batch holds no tensor with a dimension.
     """
-    for tensor in batch_tensors(batch):
-        if tensor.ndim > 0:
-            return tensor.shape[0]
-    raise ValueError(f"Expected a batch with a tensor, got {type(batch).__name__}. Pass `batch_size_fn`.")
+    lengths = _lengths(batch)
+    if not lengths:
+        raise ValueError(f"Expected a batch with a tensor, got {type(batch).__name__}. Pass `batch_size_fn`.")
+    # The first of them, where several are as frequent; a counter has length 1.
+    return max(lengths, key=lambda length: (lengths.count(length), length > 1))
+
+
+def in_doubt(batch: Any) -> bool:
+    """Whether parts of a batch disagree about the number of its samples."""
+    return len(set(_lengths(batch))) > 1
+
+
+def is_time_first(module: nn.Module) -> bool:
+    """Whether some layer takes its sequences along the first dimension."""
+    return any(getattr(m, "batch_first", True) is False for m in module.modules())
+
+
+def doubt_about_samples(module: nn.Module, batches: Sequence[Any], counted: Sequence[int]) -> str | None:
+    """Return why the number of samples may be another one, in words; None where nothing speaks for that.
+
+    Args:
+        module: Module that the batches are for.
+        batches: The batches.
+        counted: Samples in each.
+    """
+    for batch, samples in zip(batches, counted, strict=True):
+        if in_doubt(batch):
+            return f"tensors of a batch disagree about its samples ({samples} are counted): pass batch_size_fn"
+    if is_time_first(module):
+        return "a layer has batch_first=False, so batches are not cut for a sampling error: pass batch_size_fn"
+    return None
+
+
+def _lengths(batch: Any) -> list[int]:
+    """Return what each part of a batch says of the number of samples."""
+    if isinstance(batch, PackedSequence):
+        return [int(batch.batch_sizes[0])]
+    if isinstance(batch, Tensor):
+        return [batch.shape[0]] if batch.ndim else []
+    if isinstance(batch, Mapping):
+        parts = list(batch.values())
+    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        if _is_list_of_samples(batch):
+            return [len(batch)]
+        parts = list(batch)
+    elif hasattr(batch, "__dict__") and not isinstance(batch, (type, nn.Module)):
+        parts = list(vars(batch).values())
+    else:
+        return []
+    return [length for part in parts for length in _lengths(part)]
+
+
+def _is_list_of_samples(items: Sequence[Any]) -> bool:
+    """Whether a list holds one sample an item: images (channels first), or targets as mappings that differ."""
+    if type(items) not in (list, tuple) or not items:
+        return False
+    if all(isinstance(item, Tensor) and item.ndim == 3 and item.is_floating_point() for item in items):
+        return all(item.shape[0] in (1, 3, 4) for item in items) and len({item.shape[0] for item in items}) == 1
+    # The targets of detection: boxes and labels, as many as there are objects in the image.
+    return all(isinstance(item, Mapping) and any(isinstance(v, Tensor) for v in item.values()) for item in items)
 
 
 def split_batch(batch: Any, parts: int, smallest: int = 1) -> list[Any] | None:
     """Split a batch into nearly equal parts along the first dimension of its tensors.
 
-    None if they do not share it, or if a part would have fewer than ``smallest`` samples.
+    None if they do not share it, if it is not that of the samples, or if a part would have fewer than ``smallest`` of
+    them.
     """
     lengths = {t.shape[0] if t.ndim else 0 for t in batch_tensors(batch)}
     length = lengths.pop() if len(lengths) == 1 else 0
-    if length < parts * smallest:
+    if length < parts * smallest or set(_lengths(batch)) != {length}:
         return None
     bounds = [i * length // parts for i in range(parts + 1)]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from eos_monitor.isolation.counters import Counters, duplicate
+from eos_monitor.isolation.referents import held_by, is_library
 
 _CONSTANTS = (bool, int, float, str, bytes, type)
 _CONTAINERS = (list, deque, dict, OrderedDict, defaultdict, Counter)
@@ -22,6 +23,8 @@ _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 class Copies:
     """Copies of tensors, arrays, generators, built-in containers and small plain objects; anything else is shared.
+
+    A function of the user's is copied if it holds parameters, in its closure or its defaults.
 
     Args:
         memo: What stands for an object, by its ``id``, in place of a copy; what is copied is entered.
@@ -35,6 +38,7 @@ class Copies:
         self._memo = memo
         self._dtype = dtype
         self._counters = counters or Counters()
+        self._parameters = frozenset(memo)
 
     def of(self, value: Any) -> Any:
         """Return the copy of a value."""
@@ -43,6 +47,10 @@ class Copies:
         if id(value) not in self._memo:
             self._memo[id(value)] = self._copied(value)
         return self._memo[id(value)]
+
+    def where_needed(self, value: Any) -> Any:
+        """Return the copy of a value that holds parameters, and any other value as it is."""
+        return self.of(value) if self._counters.holds_any([value], self._parameters) else value
 
     def _copied(self, value: Any) -> Any:
         if type(value) in _CONTAINERS:
@@ -74,16 +82,41 @@ class Copies:
 
     def _other(self, value: Any) -> Any:
         """Return what stands for an object of any other kind."""
-        if isinstance(value, types.MethodType):
+        kind: Any = type(value)
+        if kind is functools.partial:
+            return functools.partial(self.of(value.func), *self.of(value.args), **self.of(value.keywords))
+        if kind is types.MethodType:
             holder = self.of(value.__self__)
             return value if holder is value.__self__ else types.MethodType(value.__func__, holder)
-        if type(value) is functools.partial:
-            return functools.partial(self.of(value.func), *self.of(value.args), **self.of(value.keywords))
+        if kind is types.FunctionType and not is_library(value):
+            return self._function(value)
         return duplicate(value, self.of, self._memo) if self._counters.include(value, self._memo) else value
+
+    def _function(self, value: types.FunctionType) -> Any:
+        self._memo[id(value)] = value  # a function can close over itself
+        # Only for parameters: what a hook leaves in a list or an object is read elsewhere too, perhaps by code that no
+        # copy of it reaches.
+        if not self._counters.holds_any([item for _, item in held_by(value)], self._parameters):
+            return value
+        cells = tuple(self._cell(cell) for cell in value.__closure__ or ())
+        defaults = tuple(self.where_needed(default) for default in value.__defaults__ or ())
+        twin = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, cells)
+        self._memo[id(value)] = twin
+        twin.__kwdefaults__ = {name: self.where_needed(item) for name, item in (value.__kwdefaults__ or {}).items()}
+        twin.__dict__.update({name: self.where_needed(item) for name, item in vars(value).items()})
+        return twin
+
+    def _cell(self, cell: types.CellType) -> types.CellType:
+        try:
+            held = cell.cell_contents
+        except ValueError:
+            return cell  # not assigned yet
+        copied = self.where_needed(held)
+        return cell if copied is held else types.CellType(copied)
 
 
 def cast(value: Any, dtype: torch.dtype | None) -> Any:
     """Return a floating-point tensor in another type, and anything else as it is; None leaves that too."""
     if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    return value.to(dtype)
+    return value.detach().to(dtype).requires_grad_() if value.is_leaf and value.requires_grad else value.to(dtype)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import abc
+import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from eos_monitor.isolation.referents import attributes, is_library
+from eos_monitor.isolation.referents import attributes, held_by, is_library
 
 # What a meter, an average of weights or a replay buffer of a few batches has; a data set has more.
 _MOST_ENTRIES = 4096
@@ -20,11 +22,13 @@ _MOST_BYTES = 2**26
 _BASES = (object, list, dict, types.SimpleNamespace, abc.ABC, typing.Generic, typing.Protocol)
 # Whoever writes one of these says that an object is more than what it holds.
 _OWN_WAY = ("__del__", "__copy__", "__deepcopy__", "__getattribute__")
+_NUMBERS = (bool, int, float, str, bytes)
+_FUNCTIONS = (functools.partial, types.MethodType, types.FunctionType)
 _HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
 
 
 class Counters:
-    """Tells which objects are plain and small enough to be copied, and copies them.
+    """Tells which objects are plain and small enough to be copied, and where parameters are held.
 
     Plain is an instance of a class of the user's own, all the way up to ``object``, ``list`` or ``dict``: what it is
     lies in its attributes and entries. Everything else is shared, because a copy could be something else.
@@ -45,6 +49,24 @@ class Counters:
         if id(value) not in self._found:
             self._found[id(value)] = (value, _is_small(value, memo))
         return self._found[id(value)][1]
+
+    def holds_any(self, values: Iterable[Any], parameters: Collection[int]) -> bool:
+        """Whether parameters are among values, or are held by what can be copied of them.
+
+        Args:
+            values: Values; modules, and what comes with libraries, are not entered.
+            parameters: The ``id`` of each parameter.
+        """
+        seen: dict[int, Any] = {}
+        waiting = list(values)
+        while waiting and len(seen) <= _MOST_ENTRIES:
+            held = waiting.pop()
+            if id(held) in parameters:
+                return True
+            if id(held) not in seen and not isinstance(held, _NUMBERS):
+                seen[id(held)] = held
+                waiting += _entries(held)
+        return False
 
 
 def duplicate(value: Any, copy: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
@@ -91,15 +113,29 @@ def _is_small(value: Any, memo: Mapping[int, Any]) -> bool:
         if id(held) in seen or id(held) in memo:
             continue
         seen[id(held)] = held
-        items: list[Any] = []
         if isinstance(held, (Tensor, np.ndarray)):
             size += held.nbytes
-        elif isinstance(held, dict):
-            items += dict.values(held)
-        elif isinstance(held, (list, tuple, set)):
-            items += held
-        if _is_plain(type(held)):
-            items += [item for _, item in attributes(held)]
+        # What functions and methods are bound to is judged by itself.
+        items = [] if type(held) in _FUNCTIONS else _entries(held)
         entries += len(items)
         waiting += items
     return not waiting
+
+
+def _entries(value: Any) -> list[Any]:
+    """Return what a copy of a value would hold copies of."""
+    kind: Any = type(value)
+    if kind is functools.partial:
+        return [value.func, *value.args, *value.keywords.values()]
+    if kind is types.MethodType:
+        return [value.__self__]
+    if kind is types.FunctionType:
+        return [] if is_library(value) else [item for _, item in held_by(value)]
+    items: list[Any] = []
+    if isinstance(value, dict):
+        items += dict.values(value)
+    elif isinstance(value, (list, tuple, set, deque)):
+        items += value
+    if _is_plain(kind):
+        items += [item for _, item in attributes(value)]
+    return items

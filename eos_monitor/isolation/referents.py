@@ -88,7 +88,8 @@ def read_module(module: nn.Module) -> tuple[Any, Referents]:
     return (type(module), id(module), frozenset(entries)), [(f".{name}", value) for name, value in entries.items()]
 
 
-def _held_by(function: types.FunctionType) -> Referents:
+def held_by(function: types.FunctionType) -> list[tuple[str, Any]]:
+    """Return what a function holds: its attributes, what it closes over, and its defaults."""
     found: list[tuple[str, Any]] = [(f".{name}", value) for name, value in vars(function).items()]
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
@@ -103,7 +104,7 @@ def read_special(value: Any) -> tuple[Any, Referents] | None:
     """Read a function, method, iterator or file; None for other objects."""
     kind = type(value)
     if kind is types.FunctionType:
-        return ("function", id(value)), [] if is_library(value) else _held_by(value)
+        return ("function", id(value)), [] if is_library(value) else held_by(value)
     if kind is types.MethodType:
         return ("method", id(value.__func__)), [(".__self__", value.__self__), (".__func__", value.__func__)]
     if kind is types.BuiltinMethodType:

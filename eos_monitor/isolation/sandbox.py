@@ -28,6 +28,7 @@ from eos_monitor.isolation.exchange import without_exchange
 from eos_monitor.isolation.wrappers import direct_forward
 
 LossFn = Callable[[Any, Any], Tensor]  # loss_fn(module, batch) -> scalar mean loss
+Stage = list[tuple[nn.Module, dict[str, Any]]]
 
 
 class Sandbox:
@@ -37,9 +38,11 @@ class Sandbox:
     (small objects of the user's own classes) are fresh copies, and the generators of torch, NumPy and Python are
     re-seeded, so that dropout masks agree between evaluations. On exit all of them are as they were. Attention runs on
     the math kernel and compiled functions run eagerly, because fused and compiled backwards cannot be differentiated
-    twice; autocast is off. The wrappers of data parallelism, Fabric and Accelerate are passed by.
+    twice; autocast is off, but where parameters are of several floating-point types, which meet under the caller's
+    autocast only. The wrappers of data parallelism, Fabric and Accelerate are passed by.
 
-    What cannot be isolated: other objects behind attributes, such as iterators and objects of libraries.
+    What cannot be isolated: other objects behind attributes, such as iterators and objects of libraries, and what hangs
+    on functions, compiled classes and globals. Parameters that a function holds are replaced all the same.
 
     Args:
         module: Module whose sub-modules are isolated.
@@ -72,14 +75,24 @@ class Sandbox:
         self._forwards: list[tuple[nn.Module, dict[str, Callable[..., Any]]]] = []
         self._counters = Counters()
         self._parameters: list[Tensor] = []  # the live ones: during an evaluation the module holds stand-ins
+        self._autocast: list[tuple[str, torch.dtype]] = []  # the caller's, where the loss needs it
+        self._stage: Stage = []  # that of the last evaluation, if anybody asked for it
         self._stack = ExitStack()
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the parameters are of several floating-point types, as those of adapters on a shorter base are."""
+        return len({p.dtype for p in self._module.parameters() if p.is_floating_point()}) > 1
 
     def __enter__(self) -> Sandbox:
         with ExitStack() as stack:
             # An inference-mode caller could not record a graph at all.
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            for kind in {p.device.type for p in self._module.parameters()} | {"cpu"}:
+            kinds = {p.device.type for p in self._module.parameters()} | {"cpu"}
+            outside = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
+            self._autocast = outside if self.is_mixed else []
+            for kind in kinds:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_eager())
@@ -117,8 +130,11 @@ class Sandbox:
             stream: Number of the random stream (one per micro-batch, so that their dropout masks differ).
             dtype: Floating-point type that buffers, attributes and the batch are cast to; None leaves them.
         """
+        self._stage = []
         memo: dict[int, Any] = {id(p): cast(p.detach(), dtype) for p in self._parameters}
         memo |= {id(live): stand_in for live, stand_in in parameters.items()}
+        for live in {*self._parameters, *parameters}:
+            vars(memo[id(live)]).update(vars(live))  # muP's shapes, and whatever else hangs on a parameter
         copies = Copies(memo, dtype, self._counters)
         for module, original in self._originals:
             _replace_attributes(module, {name: copies.of(value) for name, value in original.items()})
@@ -129,24 +145,48 @@ class Sandbox:
         for module, forward in self._forwards:
             module.__dict__.update(forward)
         seed_everything(self._seed + stream)
-        with without_exchange() if self._alone else nullcontext():
-            return loss_fn(self._module, map_batch(clone_batch(batch), lambda x: cast(x, dtype)))
+        inputs = map_batch(clone_batch(batch), lambda x: cast(x, dtype))
+        with ExitStack() as stack:
+            stack.enter_context(without_exchange() if self._alone else nullcontext())
+            for kind, short in self._autocast:
+                stack.enter_context(torch.autocast(kind, dtype=short))
+            loss: Tensor = copies.where_needed(loss_fn)(self._module, inputs)
+        return loss
+
+    def stage(self) -> Stage:
+        """Return what the module holds after an evaluation, which a backward that recomputes needs again."""
+        self._stage = [(module, dict(module.__dict__)) for module, _ in self._originals]
+        return self._stage
+
+    def restage(self, stage: Stage) -> None:
+        """Let the module hold again what it held after an earlier evaluation."""
+        if stage is not self._stage:
+            self._stage = stage
+            for module, attributes in stage:
+                _replace_attributes(module, attributes)
 
     def _restore(self) -> None:
         for module, original in self._originals:
             _replace_attributes(module, original)
         self._originals = []
         self._forwards = []
+        self._stage = []
 
 
-def check_loss(loss: Any, *, finite: bool = True) -> Tensor:
-    """Return a loss as a scalar, or say why it is none."""
+def check_loss(loss: Any, *, finite: bool = True, constant: bool = False) -> Tensor:
+    """Return a loss as a scalar, or say why it is none.
+
+    Args:
+        loss: What a loss function returned.
+        finite: Whether it has to be finite.
+        constant: Whether it may be independent of all parameters.
+    """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise RuntimeError(f"Expected the loss to be a scalar tensor, got {got}.")
     if finite and not bool(torch.isfinite(loss.detach())):
         raise RuntimeError(f"Expected a finite loss, got {float(loss.detach())}.")
-    if torch.is_grad_enabled() and not loss.requires_grad:
+    if not constant and torch.is_grad_enabled() and not loss.requires_grad:
         raise RuntimeError("Expected a loss that depends on the parameters, got a constant.")
     return loss.reshape(())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from eos_monitor.monitor.ranks import Ranks
 from eos_monitor.readings.gauge import Gauge
 from eos_monitor.readings.guard import MEASURING, Guard, everywhere
 from eos_monitor.readings.reading import Measurement, StabilityReading
-from eos_monitor.readings.samples import ProbeSamples
+from eos_monitor.readings.samples import HALVED, ProbeSamples, couples_samples
 from eos_monitor.readings.schedule import Schedule
 from eos_monitor.readings.settings import Probe, Solver
 from eos_monitor.verdicts.change import Change
@@ -75,7 +75,7 @@ class Engine:
         self._gauge = Gauge(solver, probe.batch_size_fn)
         self._full_everywhere = False
         self._probe_failure: str | None = None
-        self._watched: list[list[Any]] = []  # type of each optimizer, and how many parameters it trains
+        self._optimizers: Sequence[Optimizer] = ()
         self._watched_before: list[list[Any]] = []  # by the run that this one goes on from
 
     # ------------------------------------------------------------------ what users read
@@ -107,7 +107,7 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the detector's state, and what it was about, as plain Python values."""
-        return {"detector": self.detector.state_dict(), "watched": self._watched}
+        return {"detector": self.detector.state_dict(), "watched": _described(self._optimizers)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned. The first reading after it is a cold one."""
@@ -124,16 +124,14 @@ class Engine:
 
     def follow(self, optimizers: Sequence[Optimizer]) -> None:
         """Tell the detector which kind of optimizer it watches; what it has seen so far stays, if it fits."""
-        self._watched = [
-            [type(optimizer).__name__, sum(p.numel() for group in optimizer.param_groups for p in group["params"])]
-            for optimizer in optimizers
-        ]
-        fits = not self._watched_before or self._watched_before == self._watched
+        self._optimizers = optimizers
+        watched = _described(optimizers)
+        fits = not self._watched_before or self._watched_before == watched
         if not fits:
             self.guard.warn_once(
                 "resumed",
                 f"eos_monitor: the run that this one goes on from trained {self._watched_before} (optimizer, number "
-                f"of parameters), this one {self._watched}; its verdict starts afresh.",
+                f"of parameters), this one {watched}; its verdict starts afresh.",
             )
         self._watched_before = []
         state = self.detector.state_dict() if fits else None
@@ -198,7 +196,7 @@ class Engine:
                 self.samples.on(device, batch),
                 optimizers,
                 step=step,
-                full_batch=full_batch,
+                full_batch=full_batch and not self.samples.halved,
                 accumulate=accumulate if self.samples.whole else None,
                 sandbox=None if sandbox is None else sandbox(),
                 sum_over_ranks=self.ranks.sum,
@@ -206,11 +204,18 @@ class Engine:
 
         def smaller() -> bool:
             # Smaller micro-batches need less for their graphs; with several processes they would have to agree.
-            return self.ranks.sum is None and self.samples.halve()
+            # And where batch statistics couple the samples, a smaller batch has another loss.
+            return self.ranks.sum is None and not couples_samples(module) and self.samples.halve()
 
         measurement = self.guard.run(MEASURING, lambda: everywhere(here, self.ranks.sum, "a reading"), smaller=smaller)
         if measurement is None:
             return None
+        for note in measurement.reading.notes:
+            if "batch_size_fn" in note:
+                self.guard.warn_once("samples", f"eos_monitor: {note}.")
+        if self.samples.halved:
+            notes = (*measurement.reading.notes, HALVED)
+            measurement = replace(measurement, reading=replace(measurement.reading, notes=notes))
         if self._gauge.products_are_wrong:
             self.guard.turn_off(MEASURING, self._gauge.check_note or "")
         elif not measurement.reading.ready:
@@ -253,3 +258,11 @@ class Engine:
         if detector.advisory is not None and detector.advisory != advisory:
             self.changed(Change(step, verdict, before, detector.advisory, detector.advice or ""))
         return verdict
+
+
+def _described(optimizers: Sequence[Optimizer]) -> list[list[Any]]:
+    """Return the type of each optimizer, and how many parameters it has: at this moment, as layers may be thawed."""
+    return [
+        [type(optimizer).__name__, sum(p.numel() for group in optimizer.param_groups for p in group["params"])]
+        for optimizer in optimizers
+    ]

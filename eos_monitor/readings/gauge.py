@@ -48,6 +48,7 @@ class Gauge:
         self._edge_solver = WarmSolver(1 if solver.k == "edge" else solver.k, solver, self._random)
         self._raw_solver = WarmSolver(1, solver, self._random)
         self._products: CheckedProducts | None = None  # of the first reading that needs any
+        self._checked: tuple[int, ...] = ()  # the parameters that they were checked with
         self._sampling = SamplingError()
         self._edges = 0  # readings of a sample with a positive edge
         self._step: FiniteDifferenceStep | None = None
@@ -85,6 +86,10 @@ class Gauge:
             probe = list(batches)
         subject = Subject(module, loss_fn, probe, optimizers, self._batch_size_fn, sandbox, sum_over_ranks)
         curvature, operator = subject.prepare(self._settings.method, self._step)
+        trained = tuple(map(id, curvature.params))
+        if trained != self._checked:  # thawed layers have never been looked at
+            self._checked = trained
+            self._products = None
         reading = StabilityReading(
             step=step,
             loss=None,
@@ -105,7 +110,7 @@ class Gauge:
                 self._products = self._products or check_products(operator, v)
             loss = operator.loss if operator.loss is not None else operator.evaluate()
             self._step = operator.step
-        notes = _notes(curvature, operator, self.check_note, self._sampling.note)
+        notes = _notes(curvature, operator, self.check_note, self._sampling.note, operator.doubt)
         reading = replace(reading, loss=loss, notes=notes)
         if curvature.ready and not self.products_are_wrong:
             without = bool(curvature.without_threshold)

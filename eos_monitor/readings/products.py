@@ -31,10 +31,21 @@ def check_products(operator: HessianOperator, v: Tensor, random: Tensor | None =
     same length added there is something to compare; where λ_max is not 0, the mode's part prevails all the same.
     """
     if random is not None:
+        # Not along what the loss sees but no gradient reaches (layers before a detach): training leaves that alone.
+        random = operator.reached_part(random)
+        length = length_of(random)
         # On the same side, or the two would cancel where there are few parameters.
         side = -1.0 if float(dot(v, random)) < 0.0 else 1.0
-        v = v / length_of(v) + (side / length_of(random)) * random
+        v = v / length_of(v) + (side / length) * random if length > 0.0 else v
     check = operator.check(v)
+    if check.asymmetry:
+        return CheckedProducts(
+            True,
+            f"what the loss gives as its gradient has no potential (vᵀJw and wᵀJv differ by {check.asymmetry:.1%}), as "
+            "with stop-gradients, targets from the net itself, gradient reversal and straight-through estimators: "
+            "there is no Hessian, and no edge is reported. batch_sharpness(method='fd') looks along this field "
+            "itself and still holds, and so does what the verdict takes from losses and updates.",
+        )
     if not check.passed:
         return CheckedProducts(
             True,
@@ -47,6 +58,9 @@ def check_products(operator: HessianOperator, v: Tensor, random: Tensor | None =
         return CheckedProducts(
             False, f"finite differences are inexact here, by {check.mismatch:.1%} (kinks, or rounding)"
         )
+    if check.mismatch > 1e-2 and torch.finfo(check.computed).bits < 32:
+        kind = str(check.computed).removeprefix("torch.")
+        return CheckedProducts(False, f"the loss computes in {kind}: products carry {check.mismatch:.1%} of rounding")
     if check.dtype != torch.float64:
         return CheckedProducts(
             False,

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from eos_monitor.isolation.batches import batch_size, batch_tensors, clone_batch, move_batch, split_batch
 from eos_monitor.isolation.sandbox import preserve_rng
 from eos_monitor.readings.settings import Probe
 
 _MAX_BYTES = 256 * 2**20
+HALVED = (
+    "memory ran out, and since then readings are of halved batches, which is another loss where that is "
+    "no mean over samples; a probe of smaller batches avoids this"
+)
 
 
 class ProbeSamples:
@@ -24,6 +29,7 @@ class ProbeSamples:
         samples: Number of samples collected.
         seen: Number of training batches collected, slices of one counted once.
         whole: Whether no collected batch was cut short.
+        halved: Whether memory ran out, so that the batches are halves of what was collected.
     """
 
     def __init__(self, probe: Probe) -> None:
@@ -37,7 +43,7 @@ class ProbeSamples:
         self._batch_size = probe.batch_size_fn or batch_size
         self._bytes = 0
         self._closed = False
-        self._halved = False
+        self.halved = False
 
     @property
     def full(self) -> bool:
@@ -65,10 +71,10 @@ class ProbeSamples:
     def halve(self) -> bool:
         """Split every batch in two, once; False if that was done before, or cannot be."""
         halves = [split_batch(batch, 2) for batch in self.batches]
-        if self._halved or not halves or any(pair is None for pair in halves):
+        if self.halved or not halves or any(pair is None for pair in halves):
             return False
         self.batches = [half for pair in halves for half in pair or ()]
-        self._halved = True
+        self.halved = True
         self.whole = False
         return True
 
@@ -95,6 +101,14 @@ class ProbeSamples:
         if self.kind == "given":
             return "the batches given"
         return f"the first {self.samples} training samples"
+
+
+def couples_samples(module: nn.Module) -> bool:
+    """Whether some layer normalizes by statistics of the batch, so that a part of a batch has another loss."""
+    return any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
+        for m in module.modules()
+    )
 
 
 def _bytes(batch: Any) -> int:

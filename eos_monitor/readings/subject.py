@@ -59,6 +59,7 @@ class Subject:
                 sandbox=self.sandbox,
                 sum_over_ranks=self.sum_over_ranks,
                 step=step,
+                complete=True,
             )
 
         return everywhere(here, self.sum_over_ranks, "a probe")

@@ -41,5 +41,10 @@ def sampling_error(solution: Solution) -> SamplingError:
         return SamplingError(note=f"no sampling error, because the loss cannot be taken on slices: {error}")
     if spread is None:
         return SamplingError()
+    if not spread.reproduces:
+        return SamplingError(
+            note=f"no sampling error, because slices of batches have a mean curvature of {spread.mean:.3g} along the "
+            f"mode, the whole has {spread.whole:.3g}: the loss is no mean over samples (reduction='sum'?)"
+        )
     bias = spread.across / (spread.parts * theta)
     return SamplingError(math.sqrt(max(0.0, spread.along) / spread.parts + bias**2) / theta)
