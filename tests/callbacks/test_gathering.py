@@ -30,7 +30,6 @@ def same_weights(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool
     [
         "lightning",
         pytest.param("differentiable", marks=_SLOW),
-        pytest.param("reduce", marks=_SLOW),
         pytest.param("object", marks=_SLOW),
         pytest.param("barrier", marks=_SLOW),
     ],
