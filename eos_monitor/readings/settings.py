@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, ParamSpec, TypeVar
 
+from eos_monitor.curvature.hessian import METHODS
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 KINDS = ("fixed", "batch")
-METHODS = ("auto", "double-backward", "fd")
 
 
 @dataclass(frozen=True)
