@@ -39,10 +39,6 @@ class AttachedMonitor(Named, Callback, Observer):
         self._own_host.observers.append(self)
         self._host: EdgeOfStabilityMonitor | None = None
 
-    @property
-    def _measures(self) -> str:
-        return f"what {type(self).__name__} measures"
-
     def begin(self, fit: WatchedFit) -> None:
         """Start afresh for a new fit: no failure so far."""
         self.guard = Guard()
@@ -50,10 +46,6 @@ class AttachedMonitor(Named, Callback, Observer):
         self._outputs = RunOutputs(fit.trainer, fit.outputs.shared_folder, self.name, (), self.guard, Throttle())
         self.tell_name(self._outputs.say)
         self._run_id = uuid.uuid4().hex[:12]
-
-    def turn_off(self, why: str) -> None:
-        """Stop measuring for the rest of the run, and say why."""
-        self.guard.turn_off(self._measures, why)
 
     def turn_off_if_synchronized(self, trainer: Any) -> None:
         """Stop measuring where one process alone cannot."""

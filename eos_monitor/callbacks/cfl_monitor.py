@@ -15,7 +15,6 @@ from eos_monitor.cfl.capture import NoLayerError, layer_names
 from eos_monitor.cfl.estimate import CFLEstimate
 from eos_monitor.cfl.tiers import CFLGauge
 from eos_monitor.dashboard.layers import has_something_to_draw, layers_table, run_sentence
-from eos_monitor.isolation.exchange import ExchangeError
 from eos_monitor.limits.thresholds import critical_curvature, learning_rates
 from eos_monitor.readings.reading import Measurement, common_factor
 from eos_monitor.readings.settings import Probe, Solver, names_moved_arguments
@@ -186,7 +185,7 @@ class CFLMonitor(AttachedMonitor):
                 mode=None if context.modes is None else context.modes[:, 0],
                 refine=refine,
             )
-        except (NoLayerError, ExchangeError) as error:
+        except NoLayerError as error:
             self.turn_off(str(error))
             return
         self._measurement = context.measurement

@@ -11,6 +11,7 @@ from eos_monitor.callbacks.outputs import RunOutputs
 from eos_monitor.callbacks.reading_context import ReadingContext
 from eos_monitor.forecast.lookahead import Settings
 from eos_monitor.forecast.tracked_reading import TrackedReading
+from eos_monitor.isolation.exchange import ExchangeError
 from eos_monitor.monitor.engine import Engine
 from eos_monitor.readings.guard import Guard
 from eos_monitor.readings.reading import Measurement
@@ -45,6 +46,15 @@ class Observer:
 
     guard: Guard
     needs_every_loss: bool = False
+
+    @property
+    def measuring(self) -> str:
+        """What it measures, as the guard's activity."""
+        return f"what {type(self).__name__} measures"
+
+    def turn_off(self, why: str) -> None:
+        """Stop measuring for the rest of the run, and say why."""
+        self.guard.turn_off(self.measuring, why)
 
     def begin(self, fit: WatchedFit) -> None:
         """Start afresh for a new fit."""
@@ -131,12 +141,16 @@ class Observers:
             )
 
     def measure(self, context: ReadingContext) -> None:
-        """Let every one measure that has not given it up."""
+        """Let every one measure that has not given it up; a loss that one process cannot evaluate alone ends it."""
+
+        def ask(observer: Observer) -> None:
+            try:
+                observer.measure(context)
+            except ExchangeError as error:
+                observer.turn_off(str(error))
+
         for observer in self._all:
-            observer.guard.run(
-                f"what {type(observer).__name__} measures",
-                lambda observer=observer: observer.measure(context),  # type: ignore[misc]
-            )
+            observer.guard.run(observer.measuring, lambda observer=observer: ask(observer))  # type: ignore[misc]
 
     def before_step(self, step: int, tracked: TrackedReading) -> TrackedReading:
         """Let every one answer; return the reading to go on from."""

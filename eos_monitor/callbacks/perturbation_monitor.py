@@ -14,7 +14,6 @@ from eos_monitor.callbacks.losses import GivenLoss
 from eos_monitor.callbacks.observer import WatchedFit
 from eos_monitor.callbacks.reading_context import ReadingContext
 from eos_monitor.forecast.lookahead import Settings
-from eos_monitor.isolation.exchange import ExchangeError
 from eos_monitor.perturbation import AMPLIFYING, ATTENUATING, DEAD, DIVERGED, NEUTRAL, TwinRun, twin_run
 from eos_monitor.readings.settings import Probe, Solver, names_moved_arguments
 from eos_monitor.verdicts.detector import Verdict
@@ -160,10 +159,7 @@ class PerturbationMonitor(AttachedMonitor):
         perturbation: str | Tensor = self._perturbation
         if self._perturbation == "mode" and context.modes is not None:
             perturbation = context.modes[:, 0]
-        try:
-            self._fresh = self.runs[context.step] = self._run_twins(context, perturbation)
-        except ExchangeError as error:
-            self.turn_off(str(error))
+        self._fresh = self.runs[context.step] = self._run_twins(context, perturbation)
 
     def _run_twins(self, context: ReadingContext, perturbation: str | Tensor) -> TwinRun:
         optimizers = context.trainer.optimizers
