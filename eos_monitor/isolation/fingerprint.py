@@ -1,8 +1,9 @@
 """Fingerprints of a run's state: what a reading changed although it must not, and where.
 
-The sandbox isolates what hangs on a module as a tensor, array, generator or built-in container. Behind an object of
-any other kind it can isolate nothing, but what changed there can be seen. Reading runs no code of the user's: no
-property, no ``__getattr__``, no ``__iter__``; instances are read from their ``__dict__`` and slots.
+The sandbox isolates what hangs on a module as a tensor, array, generator, built-in container or small object of the
+user's own classes. Behind any other object it isolates nothing, but what changed there can be seen. Reading runs no
+code of the user's: no property, no ``__getattr__``, no ``__iter__``; instances are read from their ``__dict__`` and
+slots.
 """
 
 from __future__ import annotations
