@@ -3,6 +3,7 @@
 python gathering_run.py MONITOR EXCHANGE FOLDER
 """
 
+import gc
 import sys
 import warnings
 from pathlib import Path
@@ -87,9 +88,20 @@ def fit(monitor: str, exchange: str, folder: Path) -> dict[str, Any]:
 
 
 def loop(rank: int, monitor: str, exchange: str, folder: Path) -> None:
-    """A plain loop around DistributedDataParallel."""
+    """A plain loop in one of two processes."""
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    # In a function of its own, so that DistributedDataParallel is gone before its group: where its reducer holds the
+    # group's last reference, the group ends under the GIL, and waits for ever for a worker that needs it.
+    found = trained(rank, monitor, exchange)
+    gc.collect()
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.barrier()  # gloo aborts a process whose partner has gone first
+    dist.destroy_process_group()
+
+
+def trained(rank: int, monitor: str, exchange: str) -> dict[str, Any]:
+    """What a plain loop around DistributedDataParallel ends with."""
     torch.manual_seed(0)
     net = nn.parallel.DistributedDataParallel(
         nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, CLASSES))
@@ -114,9 +126,7 @@ def loop(rank: int, monitor: str, exchange: str, folder: Path) -> None:
         loss_fn(net, batch).backward()
         sgd.step()
     state = [t.clone() for t in net.state_dict().values()]
-    found = {"weights": state, "readings": readings, "off": probe.off if probe else {}}
-    torch.save(found, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    return {"weights": state, "readings": readings, "off": probe.off if probe else {}}
 
 
 if __name__ == "__main__":
