@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from eos_monitor.cfl.objective import Objective
-from eos_monitor.curvature.audit import Audit
+from eos_monitor.curvature.audit import NEARLY_INVARIANT, Audit
 from eos_monitor.curvature.lanczos import Spectrum, lanczos_recycled
 
 _KEPT = 4  # gradient graphs; with more batches they are rebuilt at every product
-# A solve that ends within its start, or at the floor of decay, may hold nothing but an invariant vector.
+# A solve that ends within its start, in a space that is nearly invariant, or at the floor of decay may have missed the
+# top.
 _LEAST_AUDIT = 3
 _MOST_AUDIT = 14
 _NEAR = 5e-3
@@ -111,9 +112,10 @@ class ScaledBlock:
         """
         most = _MOST_AUDIT if deep else _LEAST_AUDIT
 
-        def audit(spectrum: Spectrum, inside: bool) -> Audit | None:
+        def audit(spectrum: Spectrum, inside: bool, leak: float) -> Audit | None:
             theta = float(spectrum.eigenvalues[0])
-            if not inside and theta > self.floor + _NEAR * abs(theta):
+            closed = inside or leak <= NEARLY_INVARIANT * abs(theta - self.floor)
+            if not closed and theta > self.floor + _NEAR * abs(theta):
                 return None
             return Audit(self._random_vector(random), 1.0 / self.size, _LEAST_AUDIT, most, _NEAR, 0.0)
 

@@ -16,6 +16,7 @@ from eos_monitor.cfl.calls import Capture, Observer
 from eos_monitor.cfl.tracer import Tracer
 from eos_monitor.isolation.sandbox import LossFn, Sandbox
 
+WITHOUT_A_GRAPH = "computed without a graph (no_grad, or reentrant checkpointing)"
 _HIDDEN: dict[type[nn.Module], str] = {
     nn.MultiheadAttention: "inside nn.MultiheadAttention, whose projections are out of sight",
     nn.RNNBase: "inside a recurrent layer, whose products are out of sight",
@@ -44,11 +45,11 @@ def capture(
     stream: int = 0,
     observers: Sequence[Observer] = (),
     previous: Mapping[Tensor, Tensor] | None = None,
+    graph: bool = True,
 ) -> Capture:
     """Evaluate a loss once and record its layers and activations.
 
-    To be called inside the entered sandbox, and under ``torch.no_grad()`` where no edges are wanted. Inputs of layers
-    are kept (autograd does so too), outputs are not.
+    To be called inside the entered sandbox. Inputs of layers are kept (autograd does so too), outputs are not.
 
     Args:
         sandbox: Sandbox of ``module``, entered.
@@ -59,6 +60,7 @@ def capture(
         stream: Number of the random stream.
         observers: Told of each pre-activation while it is there.
         previous: Live parameter -> its value before the last update, for the observers.
+        graph: Whether a layer must have a part in the loss's graph.
 
     Raises:
         NoLayerError: If no layer with a weight among ``parameters`` was called.
@@ -67,7 +69,7 @@ def capture(
 
     def traced(root: Any, copied: Any) -> Tensor:
         # Here, where the stand-ins are in their places, and afresh in each evaluation.
-        tracer = Tracer(_measured(root, parameters), parameters, observers, previous)
+        tracer = Tracer(_measured(root, parameters), parameters, observers, previous, graph=graph)
         tracers.append(tracer)
         own = root.__dict__.get("forward")
         forward = root.forward
@@ -121,7 +123,7 @@ def _missing(module: nn.Module, parameters: Mapping[Tensor, Tensor], tracer: Tra
         if name not in measured:
             missing[name] = "frozen, or not among the parameters that are measured"
         elif name in tracer.graphless:
-            missing[name] = "computed without a graph (no_grad, or reentrant checkpointing)"
+            missing[name] = WITHOUT_A_GRAPH
         elif id(p) in hidden:
             missing[name] = hidden[id(p)]
         elif uses:

@@ -163,11 +163,21 @@ class ActivationRegimes(Metric):
         """
         module = self._reference.module
         old = None if previous is None else _matched(module, previous)
-        parameters: dict[Tensor, Tensor] = {p: p.detach() for p in module.parameters() if p.requires_grad}
+        # Leaves with a graph, for losses that differentiate within.
+        parameters: dict[Tensor, Tensor] = {
+            p: p.detach().requires_grad_() for p in module.parameters() if p.requires_grad
+        }
         counter = RegimeCounter(self._kink_width)
-        with Sandbox(module) as sandbox, torch.no_grad():
+        with Sandbox(module) as sandbox, torch.enable_grad():
             captured = capture(
-                sandbox, module, loss_fn, batch, parameters=parameters, observers=[counter], previous=old
+                sandbox,
+                module,
+                loss_fn,
+                batch,
+                parameters=parameters,
+                observers=[counter],
+                previous=old,
+                graph=False,
             )
         # Outside: the sandbox also covers a metric that is an attribute of the module.
         for name, counts in counter.counts(captured).items():

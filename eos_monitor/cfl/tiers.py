@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eos_monitor.cfl.blocks import HessianBlocks, ScaledBlock, basis_dtype
-from eos_monitor.cfl.capture import layer_names
+from eos_monitor.cfl.capture import WITHOUT_A_GRAPH, layer_names
 from eos_monitor.cfl.curvature_terms import CurvatureTerms, curvature_terms
 from eos_monitor.cfl.estimate import CFLEstimate
 from eos_monitor.cfl.layer_curvature import LayerCurvature
@@ -194,7 +194,8 @@ class CFLGauge:
             known = sorted(terms.layers, key=lambda name: -_rank(estimates, name))
             weak = [name for name in known[_FIRST:] if terms.layers[name].surroundings.form == "weak"]
             chosen = [*known[:_FIRST], *weak]
-        chosen = [name for name in chosen if name in weights]
+        # Without a graph a block would be 0, and that would not be known of it.
+        chosen = [n for n in chosen if n in weights and terms.not_attributed.get(n) != WITHOUT_A_GRAPH]
         blocks = HessianBlocks(objective, [weights[name] for name in chosen])
         exact = {}
         for i, name in enumerate(chosen):

@@ -50,6 +50,7 @@ class Tracer(TorchFunctionMode):
         parameters: Live parameter -> tensor that is used for it.
         observers: Told of each pre-activation while it is there.
         previous: Live parameter -> its value before the last update.
+        graph: Whether a layer without a graph is left out.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class Tracer(TorchFunctionMode):
         parameters: Mapping[Tensor, Tensor],
         observers: Sequence[Observer],
         previous: Mapping[Tensor, Tensor] | None,
+        *,
+        graph: bool,
     ) -> None:
         super().__init__()
         self.loss_calls: list[LossCall] = []
@@ -72,7 +75,7 @@ class Tracer(TorchFunctionMode):
         self._outcomes: list[Outcome] = []
         self._traces: Any = WeakTensorKeyDictionary()  # None of a tensor made of parameters and data alone
         self._number = 0
-        self._graph = torch.is_grad_enabled()
+        self._graph = graph
 
     def returned(self, value: Any) -> Any:
         """Note what the root's forward returns."""

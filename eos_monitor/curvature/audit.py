@@ -17,6 +17,9 @@ from torch import Tensor
 
 from eos_monitor.curvature.basis import Basis
 
+# A span that its products leave by no more than this share of the top eigenvalue has met little of the spectrum. At
+# 462 readings of MLPs and CNNs at their edge that was so 11 times.
+NEARLY_INVARIANT = 0.05
 # |vᵀz| √n is normal: below this once in a thousand.
 _LITTLE = 1e-3
 _HALVINGS = 60

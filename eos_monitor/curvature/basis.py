@@ -121,6 +121,14 @@ class Basis:
             rest.addmv_(rows.T, rows @ rest, alpha=-1)
         return rest, length_of(rest)
 
+    def leak(self) -> float:
+        """Return ‖A V − V Vᵀ A V‖: 0 where the span is invariant, so that it leads to nothing outside."""
+        rows = self._w[: self.count]
+        t = self._t[: self.count, : self.count]
+        # A difference of squares: good to the square root of rounding, 3e-4 of ‖A‖ in float32.
+        squared = (rows @ rows.T).double().cpu() - t @ t
+        return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(squared)[-1])))
+
     def recurrence(self, first: int) -> tuple[list[float], list[float]]:
         """Return the diagonal of T from row ``first`` on, and what stands beside it."""
         part = self._t[first : self.count, first : self.count]

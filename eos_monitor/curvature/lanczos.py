@@ -145,17 +145,18 @@ def lanczos_recycled(
     generator: torch.Generator,
     budget: int | None = None,
     shift: float = 0.0,
-    audit: Callable[[Spectrum, bool], Audit | None] | None = None,
+    audit: Callable[[Spectrum, bool, float], Audit | None] | None = None,
     share: float = 0.85,
     width: int = 4,
 ) -> Recycled:
     """Solve as :func:`lanczos` does and also return the block ``(n, j)`` to start from at a nearby operator.
 
     Residuals are relative to ``|θ − shift|``. Without an audit at most ``budget`` products are spent. ``audit`` is
-    asked once the solve has converged, with the spectrum and whether it is within the span of ``block``; that is
-    done, and the solve goes on where that brings a larger eigenvalue to light. The block returned holds the leading
-    Ritz vectors with ``θᵢ ≥ share · θ₁``: at least k of them and at most ``max(width, k)``. At the edge of stability
-    several eigenvalues crowd at the top, and a single recycled vector follows the wrong one.
+    asked once the solve has converged, with the spectrum, whether it is within the span of ``block``, and how far its
+    own span is from invariant; that is done, and the solve goes on where that brings a larger eigenvalue to light.
+    The block returned holds the leading Ritz vectors with ``θᵢ ≥ share · θ₁``: at least k of them and at most
+    ``max(width, k)``. At the edge of stability several eigenvalues crowd at the top, and a single recycled vector
+    follows the wrong one.
     """
     basis = Basis(operator, operator.size, _capacity(operator.size, k), generator=generator)
     stop = _Stop(rtol, atol, shift)
@@ -163,7 +164,7 @@ def lanczos_recycled(
     wanted = None
     if audit is not None and spectrum.converged and basis.count < basis.n:
         columns = 0 if block is None else block.shape[1]
-        wanted = audit(spectrum, spectrum.matvecs <= columns)
+        wanted = audit(spectrum, spectrum.matvecs <= columns, basis.leak())
     bound = -math.inf
     if wanted is not None:
         spent = spectrum.matvecs + _settle(basis, wanted, k, columns, max_matvecs - spectrum.matvecs)

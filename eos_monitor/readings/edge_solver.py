@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from eos_monitor.curvature.audit import Audit
+from eos_monitor.curvature.audit import NEARLY_INVARIANT, Audit
 from eos_monitor.curvature.hessian import HessianOperator
 from eos_monitor.curvature.lanczos import Spectrum, lanczos_recycled
 from eos_monitor.curvature.norms import length_of
@@ -30,14 +30,15 @@ _ATOL = 1e-6
 _DEAD = 1e-12
 # A converged block has residual 0 however large an eigenvalue that it does not contain. What a solve's residuals
 # brought into the basis has a part of everything where all coordinates feel one another, and of nothing else where
-# they do not: so a warm solve is audited that ends within the span of its start, or far below its tolerance (in a
-# closed space), or sits at the floor of decay; and every tenth. Over 2,400 warm readings of
-# decoupled spectra (growing, leaping, crossing, of low rank) 965 were off by over 1 % without an audit, none with it;
-# of a top that collapses 1 of some 450 still is, of one that turns within a plane 2 of 57. An audit wherever the top
-# fell would find the former, and cost a CNN at its edge 7.5 products a reading in place of 5.5. One product along a
-# random column at every reading found next to nothing.
+# they do not: so a warm solve is audited that ends within the span of its start, far below its tolerance, or in a
+# space that its products hardly leave; or whose top mode is another than before (what took its place may not be the
+# largest); or that sits at the floor of decay; and every tenth. Over 5,000 warm readings of spectra that grow, leap,
+# cross, collapse or have a low rank none is off by over 1 %, of tops that turn within a plane 4 in 5,300 are; without
+# an audit two in five were. One product along a random column at every reading found next to nothing, and an audit
+# wherever the top fell by 5 % cost a CNN at its edge 7.5 products a reading in place of 5.5.
 AUDIT_EVERY = 10  # solves
-_CLOSED = 0.15  # of the tolerance; along those trajectories 11 of 198 residuals were below
+_CLOSED = 0.15  # of the tolerance; along MLPs and CNNs at their edge 11 of 198 residuals were below
+_KEPT = 0.5  # part of a mode within those before
 _LEAST_AUDIT = 3
 _MOST_AUDIT = 14
 # Where decay has most of an eigenvalue, the residual is held to the Hessian's part of it, down to this share.
@@ -186,25 +187,35 @@ class WarmSolver:
             shift=operator.shift,
             max_matvecs=self._settings.max_matvecs,
             generator=self._random.generator,
-            audit=lambda spectrum, inside: self._audit(operator, spectrum, inside, warm),
+            audit=lambda spectrum, inside, leak: self._audit(operator, spectrum, inside, leak, start if warm else None),
         )
         self.block = found.block
         self._scout = found.scout
         self.solves += 1
         self.matvecs += found.spectrum.matvecs
-        return Solution(operator, found.spectrum, found.open)
+        spectrum = found.spectrum
+        if found.open > max(rtol * abs(float(spectrum.eigenvalues[-1])), _ATOL):
+            spectrum = replace(spectrum, converged=False)  # something that matters may have been missed
+        return Solution(operator, spectrum, found.open)
 
-    def _audit(self, operator: EdgeOperator, spectrum: Spectrum, inside: bool, warm: bool) -> Audit | None:
+    def _audit(
+        self, operator: EdgeOperator, spectrum: Spectrum, inside: bool, leak: float, before: Tensor | None
+    ) -> Audit | None:
         """Return how to look beyond a solve that has converged, in the span of its start or not; None for not at all.
 
         A cold start is a vector that has a part of everything, so that only its first products are suspicious.
         """
         theta = float(spectrum.eigenvalues[0])
         rtol = self._settings.rtol
-        due = inside or theta <= operator.floor + rtol * abs(theta)
-        if warm:
-            closed = float(spectrum.residuals[0]) <= _CLOSED * _WARM_SHARE * rtol * abs(theta - operator.shift)
-            due = due or closed or self.solves % AUDIT_EVERY == AUDIT_EVERY - 1
+        due = inside or theta <= operator.floor + max(rtol * abs(theta), _ATOL)
+        if before is not None:
+            size = abs(theta - operator.shift)
+            closed = (
+                float(spectrum.residuals[0]) <= _CLOSED * _WARM_SHARE * rtol * size or leak <= NEARLY_INVARIANT * size
+            )
+            vectors = spectrum.eigenvectors
+            kept = (before[:, : vectors.shape[1]].T @ vectors).norm(dim=0)
+            due = due or closed or float(kept.min()) < _KEPT or self.solves % AUDIT_EVERY == AUDIT_EVERY - 1
         if not due:
             return None
         start = self._random.vector(operator)

@@ -378,9 +378,15 @@ def test_nothing_is_left_in_the_module_and_no_output_is_kept() -> None:
         outputs.append(weakref.ref(z))
 
     parameters: dict[Tensor, Tensor] = {p: p.detach() for p in net.parameters()}
-    with Sandbox(net) as sandbox, torch.no_grad():
+    with Sandbox(net) as sandbox:
         captured = capture(
-            sandbox, net, lambda m, x: m(x).sum(), torch.randn(3, 4), parameters=parameters, observers=[watch]
+            sandbox,
+            net,
+            lambda m, x: m(x).sum(),
+            torch.randn(3, 4),
+            parameters=parameters,
+            observers=[watch],
+            graph=False,
         )
         gc.collect()
         assert [ref() for ref in outputs] == [None]

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from eos_monitor.cfl.tiers import CFLGauge, estimate_cfl
 from tests.cfl.layer_nets import COUPLED, NETS, dense_block, layer_weights, make, states, top_eigenvalue, train
@@ -340,3 +341,32 @@ def test_single_precision_agrees_with_double() -> None:
     single = {e.layer: e.curvature for e in estimate_cfl(copy.deepcopy(net).float(), spec.loss, [(x.float(), y)])}
     # The start vectors are drawn in each precision anew: what Lanczos leaves open differs.
     assert single == pytest.approx(double, rel=0.05)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 8)
+        self.head = nn.Linear(8, 2)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(lambda z: torch.tanh(self.a(z)), x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_layer_that_checkpointing_hides_is_not_flat() -> None:
+    """The exact tier gave 0 for it."""
+
+    def numbers(*, reentrant: bool) -> dict[str, tuple[float, str]]:
+        torch.manual_seed(0)
+        net = Checkpointed(reentrant=reentrant)
+        found = estimate_cfl(net, lambda m, x: m(x).square().mean(), [torch.randn(16, 4)], exact=True)
+        return {e.layer: (e.curvature, e.reason or "") for e in found}
+
+    seen = numbers(reentrant=False)
+    hidden = numbers(reentrant=True)
+    assert seen["a"][0] > 0.0
+    assert hidden["head"][0] == pytest.approx(seen["head"][0], rel=1e-4)
+    assert math.isnan(hidden["a"][0])
+    assert "reentrant" in hidden["a"][1]

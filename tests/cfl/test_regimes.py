@@ -359,3 +359,35 @@ def test_two_processes_give_what_one_gives_on_the_union(tmp_path: Path) -> None:
         assert all(torch.equal(result["shares"][layer], wanted[layer]) for layer in wanted)
     # Batches of different sizes on the two: a mean of shares would be another number.
     assert first["reasons"].keys() - second["reasons"].keys() == {"rare"}
+
+
+def input_gradient(module: Any, x: Any) -> Tensor:
+    points = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(module(points).sum(), points, create_graph=True)
+    return (slope.norm(dim=1) - 1).square().mean()
+
+
+def gradient_penalty(module: Any, x: Any) -> Tensor:
+    loss = mean_output(module, x)
+    slopes = torch.autograd.grad(loss, list(module.parameters()), create_graph=True)
+    return loss + sum((slope.square().sum() for slope in slopes), torch.zeros(()))
+
+
+def without_a_graph(module: Any, x: Any) -> Tensor:
+    with torch.no_grad():
+        features = module[:2](x)
+    return module[2:](features).square().mean()
+
+
+@pytest.mark.parametrize("loss_fn", [input_gradient, gradient_penalty, without_a_graph])
+def test_losses_may_differentiate_within_or_leave_the_graph(loss_fn: Callable[[Any, Any], Tensor]) -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
+    x = torch.randn(8, 2)
+    plain = ActivationRegimes(net)
+    plain.update(mean_output, x)
+    regimes = ActivationRegimes(net)
+    regimes.update(loss_fn, x)
+    assert shares(regimes) == shares(plain)
+    assert set(shares(regimes)) == {"0", "2"}
+    assert all(p.grad is None for p in net.parameters())

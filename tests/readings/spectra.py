@@ -147,9 +147,7 @@ def turning(rng: np.random.Generator, n: int) -> Iterator[np.ndarray]:
             h[2] = 4.0 * rate if h[2] < 4.0 else h[2] * rate if h[2] < 50.0 else 0.0
 
 
-# Not among them: `collapsing`, where 1 of some 450 readings is 1.7 % off, and `turning`, where 2 of 57 are. To audit
-# wherever the top fell would find the first, at 7.5 products a reading on a CNN at its edge.
-COURSES = (growing, leaping, rank_deficient, few_ranks, crossing, sinking)
+COURSES = (growing, leaping, rank_deficient, few_ranks, crossing, collapsing, sinking, turning)
 
 
 def wrong(pairs: list[tuple[StabilityReading, float]]) -> list[tuple[int, float, float]]:
