@@ -22,6 +22,8 @@ _HIDDEN: dict[type[nn.Module], str] = {
     nn.RNNBase: "inside a recurrent layer, whose products are out of sight",
     nn.RNNCellBase: "inside a recurrent cell, whose products are out of sight",
 }
+# What torch.compile and Fabric call the module inside.
+_WRAPPERS = ("_orig_mod", "_forward_module", "_original_module")
 # What modules call their weights, weight_norm's among them.
 _WEIGHTS = ("weight", "weight_g", "weight_v")
 
@@ -101,7 +103,7 @@ def _measured(module: nn.Module, parameters: Mapping[Tensor, Tensor]) -> dict[in
 
 def _owner(name: str) -> str:
     """Return the name of the layer that a parameter is the weight of."""
-    name = ".".join(part for part in name.split(".") if part != "_orig_mod").partition(".parametrizations.")[0]
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS).partition(".parametrizations.")[0]
     owner, _, last = name.rpartition(".")
     return owner if owner and last in _WEIGHTS else name
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -370,3 +371,16 @@ def test_a_layer_that_checkpointing_hides_is_not_flat() -> None:
     assert hidden["head"][0] == pytest.approx(seen["head"][0], rel=1e-4)
     assert math.isnan(hidden["a"][0])
     assert "reentrant" in hidden["a"][1]
+
+
+def test_layers_of_a_module_that_fabric_wraps_keep_their_names() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    wrapped, sgd = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    x = torch.randn(16, 4)
+
+    def numbers(module: nn.Module, optimizer: Any) -> dict[str, float | None]:
+        return {e.layer: e.cfl_number for e in estimate_cfl(module, lambda m, b: m(b).square().mean(), [x], optimizer)}
+
+    assert numbers(wrapped, sgd) == numbers(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert set(numbers(wrapped, sgd)) == {"0", "2"}
