@@ -65,6 +65,41 @@ def mutants_of(root: Path, file: str) -> list[Mutant]:
     return [_mutant(file, source, tree, *site) for site in _sites(tree)]
 
 
+def instrumented(source: str, file: str) -> str:
+    """Return a file that notes each statement of its functions that runs, in the set :data:`SEEN` of builtins."""
+    tree = ast.parse(source)
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            _probe(function, file)
+    place = next(i for i, s in enumerate(tree.body) if not _is_docstring(s) and not _is_future(s))
+    tree.body[place:place] = ast.parse(f"import builtins as _b\n_seen = getattr(_b, {SEEN!r}, set())").body
+    return ast.unparse(tree)
+
+
+SEEN = "_lines_seen_by_a_test"
+
+
+def _probe(node: ast.AST, file: str) -> None:
+    """Put a note before each statement in a body, but for functions and classes, which have their own turn."""
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        statements = getattr(node, field, [])
+        for statement in statements:
+            if not isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+                _probe(statement, file)
+        if field not in ("handlers", "cases") and statements:
+            probes = [ast.parse(f"_seen.add(({file!r}, {s.lineno}))").body[0] for s in statements]
+            pairs = zip(probes, statements, strict=True)
+            setattr(node, field, [x for probe, s in pairs for x in ([s] if _is_docstring(s) else [probe, s])])
+
+
+def _is_docstring(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def _is_future(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.ImportFrom) and statement.module == "__future__"
+
+
 _Site = tuple[ast.AST, ast.AST | None, list[ast.AST]]  # node, its replacement (None: no statement), what it is in
 
 

@@ -7,6 +7,7 @@ copy of the tree. A fault that no test notices within the time is a survivor, an
 from __future__ import annotations
 
 import argparse
+import builtins
 import os
 import random
 import shutil
@@ -19,18 +20,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 from tqdm import tqdm
 
 from tests.benchmarks.equivalents import EQUIVALENT
-from tests.benchmarks.mutants import Mutant, mutants_of
+from tests.benchmarks.mutants import SEEN, Mutant, instrumented, mutants_of
 from tests.benchmarks.tables import Table
 
 _ROOT = Path(__file__).parents[2]
-_MOST_SECONDS = 60.0  # of tests for one mutant, as timed without it; what comes after is not run
+_MOST_SECONDS = 20.0  # of tests for one mutant, as timed without it; what comes after is not run
 _PATIENCE = 4  # × the time of its tests, and half a minute, until a mutant counts as one that hangs
 
 
@@ -67,7 +66,7 @@ PARTS = {
             "isolation/fingerprint.py",
             "callbacks/trainer_sandbox.py",
         ],
-        ["isolation", "callbacks/test_identity.py", "callbacks/test_verify.py"],
+        ["isolation", "callbacks/test_trainer_sandbox.py", "callbacks/test_verify.py"],
     ),
     "detector": Part(
         [
@@ -95,37 +94,24 @@ class Watched:
 
 
 class _Watch:
-    """Plugin of pytest that notes which lines of some files each test runs."""
+    """Plugin of pytest that notes which lines of the instrumented files each test runs, and its seconds."""
 
-    def __init__(self, files: Sequence[str]) -> None:
-        self._names = {str(Path(file).resolve()): file for file in files}
+    def __init__(self) -> None:
         self.found = Watched({}, {})
-
-    def _tracer(self, lines: dict[str, set[int]]) -> Callable[[FrameType, str, Any], Any]:
-        def enter(frame: FrameType, event: str, argument: Any) -> Any:
-            file = self._names.get(frame.f_code.co_filename)
-            if file is None:
-                return None
-            seen = lines[file]
-
-            def line(frame: FrameType, event: str, argument: Any) -> Any:
-                seen.add(frame.f_lineno)
-                return line
-
-            return line
-
-        return enter
+        self._seen: set[tuple[str, int]] = set()
+        setattr(builtins, SEEN, self._seen)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        lines: dict[str, set[int]] = defaultdict(set)
+        self._seen.clear()
         began = time.perf_counter()
-        sys.settrace(self._tracer(lines))
         try:
             return (yield)
         finally:
-            sys.settrace(None)
             self.found.seconds[item.nodeid] = time.perf_counter() - began
+            lines: dict[str, set[int]] = defaultdict(set)
+            for file, line in self._seen:
+                lines[file].add(line)
             self.found.lines[item.nodeid] = dict(lines)
 
 
@@ -179,7 +165,6 @@ def _import_libraries() -> None:
     import torch
 
     torch.set_num_threads(1)
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     # The mutated tree is the one in the working directory.
     sys.path[:] = ["" if Path(path or ".").resolve() == _ROOT else path for path in sys.path]
     for name in [name for name in sys.modules if name == "tests" or name.startswith(("tests.", "eos_monitor"))]:
@@ -189,17 +174,22 @@ def _import_libraries() -> None:
 def _watch(files: Sequence[str], tests: Sequence[str]) -> Watched:
     print(f"running {', '.join(tests)} without a fault …", flush=True)
     here, there = Pipe()
+    originals = {file: Path(file).read_text(encoding="utf-8") for file in files}
+    for file, source in originals.items():
+        Path(file).write_text(instrumented(source, file), encoding="utf-8")
 
     def run() -> int:
-        watch = _Watch(files)
+        watch = _Watch()
         code = int(pytest.main([*_OPTIONS, *tests], plugins=[watch]))
         there.send((code, watch.found))
         return code
 
-    child = _fork(run, quiet=True)
+    child = _fork(run)
     there.close()
     code, found = here.recv()
     os.waitpid(child, 0)
+    for file, source in originals.items():
+        Path(file).write_text(source, encoding="utf-8")
     if code != 0:
         raise SystemExit("Expected tests that pass without a fault; run them by themselves.")
     return found  # type: ignore[no-any-return]
@@ -208,18 +198,16 @@ def _watch(files: Sequence[str], tests: Sequence[str]) -> Watched:
 _OPTIONS = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider"]
 
 
-def _fork(action: Callable[[], int], *, quiet: bool) -> int:
+def _fork(action: Callable[[], int]) -> int:
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         os.setsid()  # so that what a test starts ends with it
-        sys.dont_write_bytecode = True  # a file's time has a resolution of a second, and mutants come faster
-        if quiet:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
         code = action()
     finally:
         os._exit(code)
@@ -242,10 +230,10 @@ def _is_killed(mutant: Mutant, watched: Watched, tests: Sequence[str]) -> bool:
     seconds = 0.0
     for test, lines in sorted(watched.lines.items(), key=lambda item: watched.seconds[item[0]]):
         ran = lines.get(mutant.file, set())
-        if test.startswith(tuple(f"tests/{name}" for name in tests)) and (ran & mutant.lines or not mutant.lines):
-            if mutant.lines or ran:
-                chosen.append(test)
-                seconds += watched.seconds[test]
+        passes = ran & mutant.lines if mutant.lines else ran
+        if passes and test.startswith(tuple(f"tests/{name}" for name in tests)):
+            chosen.append(test)
+            seconds += watched.seconds[test]
         if seconds > _MOST_SECONDS:
             break
     if not chosen:
@@ -255,10 +243,17 @@ def _is_killed(mutant: Mutant, watched: Watched, tests: Sequence[str]) -> bool:
     path.write_text(mutant.source, encoding="utf-8")
     try:
         files = sorted({test.partition("::")[0] for test in chosen})
-        child = _fork(lambda: int(pytest.main([*_OPTIONS, *files], plugins=[_Chosen(chosen)])), quiet=True)
+        child = _fork(lambda: _run_with_a_fault(files, chosen))
         return _code(child, _PATIENCE * seconds + 30) != 0
     finally:
         path.write_text(original, encoding="utf-8")
+
+
+def _run_with_a_fault(files: Sequence[str], tests: Sequence[str]) -> int:
+    # A file's time has a resolution of a second, and mutants come faster than that.
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    return int(pytest.main([*_OPTIONS, *files], plugins=[_Chosen(tests)]))
 
 
 def _code(child: int, most: float) -> int:
@@ -276,7 +271,8 @@ def _code(child: int, most: float) -> int:
 
 def _print(seed: int, samples: dict[str, list[Mutant]], killed: dict[Mutant, bool]) -> None:
     rows: list[list[object]] = []
-    for name, mutants in [*samples.items(), ("all", [m for mutants in samples.values() for m in mutants])]:
+    together = [mutant for mutants in samples.values() for mutant in mutants]
+    for name, mutants in {**samples, "all": together}.items():
         died = sum(killed[mutant] for mutant in mutants)
         rows.append([name, len(mutants), died, len(mutants) - died, f"{died / max(1, len(mutants)):.0%}"])
     print(f"\nseed {seed}\n{Table('mutation', ['part', 'mutants', 'killed', 'survived', 'score'], rows).markdown()}")
