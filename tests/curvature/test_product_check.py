@@ -174,9 +174,7 @@ def test_a_field_without_a_potential_is_told_by_its_asymmetry(by: float) -> None
     one = replace(checked(jacobian=jacobian), product=jacobian.T @ E, in_double=lambda v: jacobian.T @ v)
     check = check_product(one, E)
     assert not check.passed
-    assert check.asymmetry == pytest.approx(
-        expected_asymmetry(jacobian.numpy(), (jacobian.T @ E).numpy()), rel=1e-5
-    )
+    assert check.asymmetry == pytest.approx(expected_asymmetry(jacobian.numpy(), (jacobian.T @ E).numpy()), rel=1e-5)
     assert check.asymmetry > 0.01
 
 
@@ -246,7 +244,9 @@ class Operator:
 
     def __init__(self, method: str = "double-backward", reached: Tensor | None = None, **found: Any) -> None:
         self.method = method
-        self.found = ProductCheck(**({"mismatch": 0.0, "uncertainty": 0.0, "passed": True, "dtype": torch.float64} | found))
+        self.found = ProductCheck(
+            **({"mismatch": 0.0, "uncertainty": 0.0, "passed": True, "dtype": torch.float64} | found)
+        )
         self.reached = reached
         self.v = torch.zeros(0)
 

@@ -38,7 +38,12 @@ def curvature(net: nn.Module, c: Any, l2: Any = 0.0, **settings: Any) -> Critica
     (p,) = net.parameters()
     full = torch.ones(p.numel(), dtype=p.dtype)
     return CriticalCurvature(
-        c=full * torch.as_tensor(c), l2=full * torch.as_tensor(l2), threshold=None, params=(p,), names=("theta",), **settings
+        c=full * torch.as_tensor(c),
+        l2=full * torch.as_tensor(l2),
+        threshold=None,
+        params=(p,),
+        names=("theta",),
+        **settings,
     )
 
 

@@ -219,7 +219,12 @@ def test_below_095_most_updates_must_flip(flipping: float, expected: Verdict) ->
 
 @pytest.mark.parametrize(
     ("others", "expected"),
-    [([0.97, 0.97], EDGE), ([0.5, 0.97], UNKNOWN), ([0.97, 0.97, 0.5, 0.5], EDGE), ([0.97, 0.97, 0.5, 0.5, 0.5], UNKNOWN)],
+    [
+        ([0.97, 0.97], EDGE),
+        ([0.5, 0.97], UNKNOWN),
+        ([0.97, 0.97, 0.5, 0.5], EDGE),
+        ([0.97, 0.97, 0.5, 0.5, 0.5], UNKNOWN),
+    ],
 )
 def test_it_hovers_in_three_of_five_readings(others: list[float], expected: Verdict) -> None:
     detector = InstabilityDetector(full_batch=True)
@@ -343,7 +348,9 @@ def test_what_was_beyond_shrinks_with_a_cut_and_does_not_grow_with_a_raise() -> 
     # 1.5 − 2 · 0.1 is 1 at 10/13 of the rate, 1.5 itself at 2/3
     assert [edge.beyond for edge in at] == [[False, b] for b in (True, True, False, False, False, True)]
     assert [edge.rises for edge in at] == [1, 1, 1, 1, 0, 1]
-    assert [edge.ratio for edge in at] == pytest.approx([1.5 * lr / 0.1 for lr in (0.1, 0.08, 0.0765, 0.0675, 0.066, 0.5)])
+    assert [edge.ratio for edge in at] == pytest.approx(
+        [1.5 * lr / 0.1 for lr in (0.1, 0.08, 0.0765, 0.0675, 0.066, 0.5)]
+    )
 
 
 def test_a_raise_does_not_put_an_older_reading_beyond() -> None:
@@ -416,7 +423,14 @@ def test_all_is_forgotten_when_cleared() -> None:
     edge = history(*[reading(r, step=10 * i) for i, r in enumerate((0.5, 0.6, 0.7, 0.8, 0.9, 1.5))])
     assert (edge.rises, edge.beyond[-1], edge.growth is None) == (1, True, False)
     edge.clear()
-    assert (edge.entries, edge.beyond, edge.rises, edge.growth, edge.ratio, edge.batch_share) == ([], [], 0, None, None, None)
+    assert (edge.entries, edge.beyond, edge.rises, edge.growth, edge.ratio, edge.batch_share) == (
+        [],
+        [],
+        0,
+        None,
+        None,
+        None,
+    )
     edge.add(reading(1.5))
     edge.follow((0.1,))
     assert edge.rises == 1  # nothing was above before
