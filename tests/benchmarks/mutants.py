@@ -170,6 +170,7 @@ def _mutant(
     file: str, source: str, tree: ast.Module, node: ast.AST, new: ast.AST | None, holders: list[ast.AST]
 ) -> Mutant:
     if isinstance(new, _Condition):
+        holders = [*holders, node]
         node, new = new.old, new.new
     data = source.encode()
     starts = [0]
