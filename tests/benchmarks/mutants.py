@@ -45,6 +45,7 @@ class Mutant:
         change: What was there, and what is.
         source: The whole file with the fault.
         lines: Lines of which one has run if the fault could have had a consequence; none for all lines of the file.
+        names: Constants of the module that are at fault, which a test may read.
     """
 
     file: str
@@ -53,6 +54,7 @@ class Mutant:
     change: str
     source: str
     lines: frozenset[int]
+    names: frozenset[str]
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}  {self.change}    | {self.text}"
@@ -189,23 +191,23 @@ def _mutant(
         source.splitlines()[line - 1].strip(),
         f"{old}  →  {text}",
         (data[:first] + text.encode() + data[last:]).decode(),
-        _lines(tree, node, holders),
+        *_lines(tree, node, holders),
     )
 
 
-def _lines(tree: ast.Module, node: ast.AST, holders: list[ast.AST]) -> frozenset[int]:
-    """Return the lines of which a test must run one to see the fault."""
+def _lines(tree: ast.Module, node: ast.AST, holders: list[ast.AST]) -> tuple[frozenset[int], frozenset[str]]:
+    """Return the lines of which a test must run one to see the fault, or the names of which it must read one."""
     chain = [*holders, node]
     functions = [i for i, h in enumerate(chain) if isinstance(h, (ast.FunctionDef, ast.Lambda))]
     statements = [h for h in chain if isinstance(h, ast.stmt)]
     if functions and isinstance(chain[functions[-1]], ast.Lambda):
-        return _span(statements[-1])
+        return _span(statements[-1]), frozenset()
     if functions:
         function = chain[functions[-1]]
         assert isinstance(function, ast.FunctionDef)
         if node is not function and chain[functions[-1] + 1] is function.args:  # a default
-            return frozenset(range(function.body[0].lineno, (function.end_lineno or 0) + 1))
-        return _span(statements[-1])
+            return frozenset(range(function.body[0].lineno, (function.end_lineno or 0) + 1)), frozenset()
+        return _span(statements[-1]), frozenset()
     assignments = [s for s in statements if isinstance(s, (ast.Assign, ast.AnnAssign))]
     targets = [t for s in assignments for t in (s.targets if isinstance(s, ast.Assign) else [s.target])]
     names = {target.id for target in targets if isinstance(target, ast.Name)}
@@ -216,7 +218,7 @@ def _lines(tree: ast.Module, node: ast.AST, holders: list[ast.AST]) -> frozenset
         for name in ast.walk(statement)
         if isinstance(name, ast.Name) and name.id in names and isinstance(name.ctx, ast.Load)
     }
-    return frozenset(uses)
+    return frozenset(uses), frozenset(names)
 
 
 def _span(statement: ast.stmt) -> frozenset[int]:

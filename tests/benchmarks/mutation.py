@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import functools
 import os
 import random
 import shutil
@@ -224,14 +225,21 @@ def _key(mutant: Mutant) -> tuple[str, str, str]:
     return mutant.file.removeprefix("eos_monitor/"), mutant.text, mutant.change
 
 
+@functools.cache
+def _text(file: str) -> str:
+    return Path(file).read_text(encoding="utf-8")
+
+
 def _is_killed(mutant: Mutant, watched: Watched, tests: Sequence[str]) -> bool:
     """Whether some test fails, or hangs, with the fault."""
     chosen = []
     seconds = 0.0
     for test, lines in sorted(watched.lines.items(), key=lambda item: watched.seconds[item[0]]):
         ran = lines.get(mutant.file, set())
-        passes = ran & mutant.lines if mutant.lines else ran
-        if passes and test.startswith(tuple(f"tests/{name}" for name in tests)):
+        reads = any(name in _text(test.partition("::")[0]) for name in mutant.names)
+        if (reads or (ran & mutant.lines if mutant.lines else ran)) and test.startswith(
+            tuple(f"tests/{name}" for name in tests)
+        ):
             chosen.append(test)
             seconds += watched.seconds[test]
         if seconds > _MOST_SECONDS:

@@ -250,6 +250,12 @@ def test_a_probe_is_whole_unless_a_slice_was_left(wanted: int, whole: bool) -> N
 
 
 @pytest.mark.usefixtures("limit")
+def test_a_batch_that_cannot_be_cut_is_refused_with_its_sizes() -> None:
+    with pytest.raises(ValueError, match=r"got 1 MB and first dimensions \[0, 3, 20\]"):
+        ProbeSamples(Probe()).observe((wide(20), torch.tensor(1.0), torch.zeros(3)))
+
+
+@pytest.mark.usefixtures("limit")
 def test_memory_counts_all_tensors_of_a_batch() -> None:
     probe = ProbeSamples(Probe(samples=1000))
     half = {"x": wide(2), "more": [wide(2)], "name": "a"}  # 400 kB together

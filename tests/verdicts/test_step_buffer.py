@@ -99,7 +99,7 @@ def test_the_first_call_of_a_step_counts() -> None:
 # Lots.
 
 
-@pytest.mark.parametrize(("buffered", "processes", "lot"), [(1, 1, 1), (5, 1, 5), (5, 2, BUFFERED)])
+@pytest.mark.parametrize(("buffered", "processes", "lot"), [(1, 1, 1), (2, 1, 2), (5, 1, 5), (5, 2, BUFFERED)])
 def test_steps_are_passed_on_in_lots(buffered: int, processes: int, lot: int) -> None:
     p, taken = a_parameter(), Taken()
     several = {"processes": 2, "sum_over_ranks": lambda flat: flat} if processes > 1 else {}
