@@ -216,9 +216,8 @@ def _fork(action: Callable[[], int]) -> int:
 
 def _sample(root: Path, part: Part, count: int, seed: int) -> list[Mutant]:
     everything = [mutant for file in part.files for mutant in mutants_of(root, f"eos_monitor/{file}")]
-    everything = [mutant for mutant in everything if _key(mutant) not in EQUIVALENT]
     chosen = random.Random(seed).sample(range(len(everything)), min(count or len(everything), len(everything)))
-    return [everything[i] for i in sorted(chosen)]
+    return [everything[i] for i in sorted(chosen) if _key(everything[i]) not in EQUIVALENT]
 
 
 def _key(mutant: Mutant) -> tuple[str, str, str]:
