@@ -209,6 +209,48 @@ def test_without_readings_updates_that_flip_at_the_edge_say_so() -> None:
         assert detector.verdict is expected
 
 
+def dying(last: float, *, r: float = 0.97, full: bool = True, older: float | None = None) -> InstabilityDetector:
+    """A run close to its edge whose updates shrink from 1 to ``last``, with five readings, and time for a verdict."""
+    detector = InstabilityDetector(full_batch=full)
+    for step in range(148):
+        given = None
+        if step % 30 == 0:
+            ratio = older if older is not None and step == 0 else r
+            given = reading(ratio, step=step, full_batch=full, sampling_error=0.0)
+        detector.update(step, reading=given, relative_update=last if step >= 96 else 1.0)
+    return detector
+
+
+@pytest.mark.parametrize(
+    ("given", "stable"),
+    [
+        ({"last": 0.4}, True),
+        ({"last": 0.6}, False),  # they do not die out
+        ({"last": 0.4, "r": 1.0}, False),
+        ({"last": 0.4, "full": False}, False),  # with minibatches that proves nothing
+        ({"last": 0.4, "older": 1.01}, True),  # it has left the last four
+    ],
+)
+def test_updates_that_die_out_below_the_edge_are_stable(given: dict[str, Any], stable: bool) -> None:
+    detector = dying(**given)
+    assert (detector.verdict is STABLE) is stable
+    assert (detector.reason == "The updates die out.") is stable
+
+
+def test_one_of_four_readings_above_one_is_enough_to_doubt_it() -> None:
+    detector = InstabilityDetector(full_batch=True)
+    for i in range(20):
+        for step in range(32 * i, 32 * (i + 1)):
+            detector.update(
+                step,
+                reading=reading(1.01 if i == 5 else 0.97, step=step) if step == 32 * i else None,
+                relative_update=0.97**step,
+            )
+        # 1.01 is not clearly above 1: no rise, but within the last four readings it counts
+        if i >= 4:
+            assert ("die out" in detector.reason) is (i == 4 or i >= 9), i
+
+
 # Restrained.
 
 

@@ -28,6 +28,7 @@ RISEN = [0.001] * 5 + [0.001 * 1.008**t for t in range(954)] + [2.0] * 300  # ne
         ([*CALM, *[3.01] * 23, 2.0, 3.01], False),
         # above three times the median, but not above the start
         ([3.5] * 5 + CALM + [3.4] * 24, False),
+        ([3.5] * 5 + CALM + [3.5] * 24, False),
         ([3.5] * 5 + CALM + [3.6] * 24, True),
         # the start is the median of five, not more and not fewer
         ([1.0, 1.0, 1.0, 3.5, 3.5, *[3.5] * 4, *CALM, *[3.4] * 24], True),

@@ -275,6 +275,19 @@ def test_a_failure_is_told_once_and_the_losses_go_on() -> None:
     assert seen == [0, 1, 2, 3]
 
 
+def test_a_failure_among_several_processes_is_not_swallowed() -> None:
+    """The others would wait for what this one no longer sends."""
+
+    def consumer(step: int, **inputs: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    guard = Guard()
+    guard.alone = False
+    p = a_parameter()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        one_step(StepBuffer([p], consumer, movements=False, guard=guard), p, 0, loss=1.0)
+
+
 # What optimizers are.
 
 
