@@ -81,6 +81,18 @@ def test_blame_ends_with_the_excess() -> None:
     assert detector.advisory == "loss-excess"
 
 
+def test_blame_stays_when_a_small_edge_ratio_becomes_known_also_after_a_restart() -> None:
+    detector = InstabilityDetector(full_batch=True)
+    for step in range(124):
+        detector.update(step, loss=1.0 if step < 100 else 5.0)
+    assert detector.verdict is DIVERGING  # the ratio was not known, and may have been the reason
+    resumed = InstabilityDetector(full_batch=True)
+    resumed.load_state_dict(detector.state_dict())
+    for one in (detector, resumed):
+        assert one.update(124, loss=5.0, reading=reading(0.2)) is DIVERGING
+        assert one.advisory is None
+
+
 # Readings.
 
 
@@ -162,6 +174,19 @@ def test_margin_follows_the_learning_rate() -> None:
 )
 def test_batch_sharpness_has_a_line_at_three_quarters(share: float, error: float, expected: Verdict) -> None:
     assert InstabilityDetector().update(0, reading=batch(share, error)) is expected
+
+
+@pytest.mark.parametrize("line", [1e-6, 0.5, 0.0])
+def test_a_line_may_lie_anywhere_above_nothing(line: float) -> None:
+    given = reading(
+        0.2,
+        full_batch=False,
+        sampling_error=0.0,
+        batch_sharpness=0.8 * line,
+        batch_sharpness_error=0.0,
+        batch_sharpness_limits=(line, line),
+    )
+    assert InstabilityDetector().update(0, reading=given) is (EDGE if line else UNKNOWN)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.66, EDGE), (0.64, STABLE)])

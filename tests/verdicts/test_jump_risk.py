@@ -29,6 +29,13 @@ def test_a_rise_is_a_factor_of_14_within_five_steps(rates: list[float], flagged:
     assert risk.at == (len(rates) - 1 if flagged else None)
 
 
+def test_what_is_said_twice_of_a_step_is_no_rise() -> None:
+    risk = JumpRisk()
+    risk.add(0, 0.1, None, 4.0, "gradient descent")
+    risk.add(0, 0.2, None, 4.0, "gradient descent")
+    assert risk.ratio is None
+
+
 def test_a_rise_is_told_for_64_steps_with_the_highest_ratio_that_it_reaches() -> None:
     risk = JumpRisk()
     risk.add(0, 0.1, 0.2, 2.0, "gradient descent")  # foreseen

@@ -159,3 +159,12 @@ def test_updates_move_above_1e_7() -> None:
 )
 def test_updates_die_out_below_half(sizes: list[float], decaying: bool) -> None:
     assert sized(sizes).decaying is decaying
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_the_size_of_projections_does_not_matter(size: float) -> None:
+    series = np.random.default_rng(1).standard_normal(64)
+    assert seen(size * series).edge_ratio == pytest.approx(seen(series).edge_ratio)
+    assert seen(size * (-1.0) ** t for t in range(64)).period == 2
+    assert seen(size * (-1.1) ** t for t in range(32)).amplification == pytest.approx(math.log(1.1))
+    assert seen([size, -size] * 8).flips == 1.0
