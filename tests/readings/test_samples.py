@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from eos_monitor.isolation.batches import batch_tensors
 from eos_monitor.readings import samples as samples_module
-from eos_monitor.readings.samples import ProbeSamples
+from eos_monitor.readings.samples import ProbeSamples, couples_samples
 from eos_monitor.readings.settings import Probe
 
 CPU = torch.device("cpu")
@@ -230,3 +230,105 @@ def test_arguments_that_are_refused(error: type[Exception], message: str, argume
 def test_batch_without_a_tensor_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected a batch with a tensor, got list"):
         ProbeSamples(Probe()).observe(["words"])
+
+
+@pytest.mark.usefixtures("limit")
+def test_a_batch_over_the_limit_of_which_all_slices_are_kept_is_whole() -> None:
+    probe = ProbeSamples(Probe(samples=1000))
+    probe.observe(wide(11))  # 1.1 MB in two slices, of which the second passes the limit
+    assert (probe.samples, len(probe.batches), probe.whole, probe.full) == (11, 2, True, True)
+
+
+@pytest.mark.usefixtures("limit")
+@pytest.mark.parametrize(("wanted", "whole"), [(5, False), (6, True), (11, True)])
+def test_a_probe_is_whole_unless_a_slice_was_left(wanted: int, whole: bool) -> None:
+    probe = ProbeSamples(Probe(samples=wanted))
+    probe.observe(wide(11))
+    assert probe.full
+    assert probe.whole is whole
+    assert probe.samples == (11 if whole else 5)
+
+
+@pytest.mark.usefixtures("limit")
+def test_a_batch_that_cannot_be_cut_is_refused_with_its_sizes() -> None:
+    with pytest.raises(ValueError, match=r"got 1 MB and first dimensions \[0, 3, 20\]"):
+        ProbeSamples(Probe()).observe((wide(20), torch.tensor(1.0), torch.zeros(3)))
+
+
+@pytest.mark.usefixtures("limit")
+def test_memory_counts_all_tensors_of_a_batch() -> None:
+    probe = ProbeSamples(Probe(samples=1000))
+    half = {"x": wide(2), "more": [wide(2)], "name": "a"}  # 400 kB together
+    for _ in range(9):
+        probe.observe(half)
+    assert (probe.seen, probe.samples) == (3, 6)
+
+
+def test_a_batch_of_exactly_what_is_wanted_fills_the_probe() -> None:
+    probe = ProbeSamples(Probe(samples=6))
+    probe.observe(torch.ones(5))
+    assert not probe.full
+    probe.observe(torch.ones(1))
+    assert probe.full
+
+
+@pytest.mark.parametrize(("wanted", "processes", "each"), [(8, 1, 8), (8, 2, 4), (9, 2, 5), (10, 4, 3), (1, 4, 1)])
+def test_processes_share_the_samples(wanted: int, processes: int, each: int) -> None:
+    probe = ProbeSamples(Probe(samples=wanted))
+    probe.share(processes)
+    while not probe.full:
+        probe.observe(torch.ones(1))
+    assert probe.samples == each
+    assert each * processes >= wanted > (each - 1) * processes
+
+
+def test_batches_are_halved_once() -> None:
+    probe = ProbeSamples(Probe(samples=8))
+    probe.observe(torch.arange(5.0))
+    probe.observe({"x": torch.arange(4.0)})
+    assert probe.whole
+    assert not probe.halved
+    assert probe.halve()
+    assert (probe.halved, probe.whole) == (True, False)
+    first, second, third, fourth = probe.on(CPU, None)
+    assert torch.equal(torch.cat([first, second]), torch.arange(5.0))
+    assert torch.equal(torch.cat([third["x"], fourth["x"]]), torch.arange(4.0))
+    assert {len(first), len(second)} == {2, 3}
+    assert not probe.halve()
+    assert len(probe.on(CPU, None)) == 4
+
+
+@pytest.mark.parametrize("last", [torch.ones(1), (torch.ones(4), torch.ones(3))], ids=["one-sample", "two-lengths"])
+def test_batches_of_which_one_has_no_half_stay(last: Any) -> None:
+    probe = ProbeSamples(Probe(samples=100))
+    probe.observe(torch.ones(4))
+    probe.observe(last)
+    assert not probe.halve()
+    assert (probe.halved, probe.whole, len(probe.batches)) == (False, True, 2)
+    assert not ProbeSamples(Probe(samples=4)).halve()  # nothing was collected
+
+
+def test_closing_twice_is_closing_once_and_other_kinds_are_always_full() -> None:
+    probe = ProbeSamples(Probe(samples=100))
+    probe.observe(torch.ones(3))
+    probe.close()
+    probe.close()
+    assert probe.full
+    given = ProbeSamples(Probe([torch.ones(2)]))
+    given.observe(torch.ones(5))
+    assert (given.full, given.batches, given.seen) == (True, [], 0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "coupled"),
+    [
+        (nn.BatchNorm1d(3), True),
+        (nn.BatchNorm1d(3).eval(), False),
+        (nn.BatchNorm2d(3, track_running_stats=False).eval(), True),
+        (nn.LayerNorm(3), False),
+        (nn.Dropout(), False),
+    ],
+    ids=["training", "eval", "without-running-statistics", "layer-norm", "dropout"],
+)
+def test_batch_statistics_couple_samples(layer: nn.Module, coupled: bool) -> None:
+    assert couples_samples(nn.Sequential(nn.Linear(3, 3), layer)) is coupled

@@ -111,3 +111,40 @@ def test_other_memory_layouts_are_read_in_the_order_of_all_vectors() -> None:
     with torch.no_grad():
         p[0, 1, 0, 0] = 2.0  # entry 4 of the flat vector
     assert movement(motion.after().tolist()).projection == 8.0
+
+
+@pytest.mark.parametrize("sizes", [(2**17, 3), (2**17 + 1,), (3, 2**18)], ids=str)
+def test_parts_of_a_large_run_add_up(sizes: tuple[int, ...]) -> None:
+    """2¹⁷ coordinates are compared at a time."""
+    params = params_of(*((size,) for size in sizes))
+    motion = UpdateProjector(params)
+    w = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(3))
+    motion.project_on(w)
+    motion.before()
+    update = moved(params, 0.5, seed=2)
+    values = motion.after()
+    assert values.shape == (4,)
+    found = movement(values.tolist())
+    theta = np.concatenate([p.detach().double().numpy().reshape(-1) for p in params])
+    assert found.relative_update == pytest.approx(np.linalg.norm(update) / np.linalg.norm(theta), rel=1e-5)
+    # A sum of 1.3e5 to 2.6e5 products of single precision, of some 200 in length.
+    assert found.projection == pytest.approx(float(update @ w.double().numpy()), abs=1e-2)
+
+
+def test_the_random_vector_has_at_most_256_places_in_a_part() -> None:
+    """Of an update by 1 in one coordinate after the other: 256 of 1,000 are seen, and all of 100."""
+    for size, places in ((1000, 256), (256, 256), (100, 100)):
+        (p,) = params_of((size,))
+        motion = UpdateProjector([p])
+        seen = 0
+        for i in range(size):
+            motion.before()
+            with torch.no_grad():
+                p[i] += 1.0
+            seen += movement(motion.after().tolist()).random_projection != 0.0
+        assert seen == places
+
+
+def test_a_run_at_zero_has_updates_of_absolute_size() -> None:
+    assert movement([4.0, 0.0, 1.0, 2.0]) == (2.0, 1.0, 2.0)
+    assert movement([4.0, 16.0, float("nan"), 2.0]) == (0.5, None, 2.0)
