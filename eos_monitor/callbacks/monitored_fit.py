@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ from eos_monitor.callbacks.observer import Observer, Observers, WatchedFit
 from eos_monitor.callbacks.outputs import RunOutputs
 from eos_monitor.callbacks.pending_reading import PendingReading
 from eos_monitor.callbacks.schedulers import TrainerSchedulers
+from eos_monitor.callbacks.step_gradient import StepGradient
+from eos_monitor.callbacks.step_window import StepWindow, step_of
 from eos_monitor.callbacks.trainer_gauge import TrainerGauge, first_double_backward
 from eos_monitor.callbacks.wording import describe_optimizers, describe_stale, describe_start, edge_metrics, group_names
 from eos_monitor.dashboard.loss_curve import LossCurve
@@ -53,16 +55,6 @@ def _hook(method: _Hook) -> _Hook:
             self._shut_down(error)
 
     return guarded  # type: ignore[return-value]
-
-
-@dataclass
-class _Window:
-    """The micro-batches of one optimizer step, up to the first of the next."""
-
-    step: int
-    batch_idx: int = 0
-    update_begun: bool = False
-    batch_ended: bool = False
 
 
 class MonitoredFit:
@@ -124,7 +116,7 @@ class MonitoredFit:
         self._observers = Observers(observers)
         self._tracked = TrackedReading(None)
         self._losses = LossCurve()  # for the figure
-        self._window: _Window | None = None
+        self._window: StepWindow | None = None
         self._pending: PendingReading | None = None
         self._introduced = False
         self._told_stale = False
@@ -149,11 +141,14 @@ class MonitoredFit:
         with engine.schedule.own_time(startup=True):
             first_double_backward(pl_module.device)
         engine.follow(trainer.optimizers)
+        self._step_gradient = StepGradient(
+            trainer, pl_module, loss=loss, optimizers=trainer.optimizers, engine=engine, probe=settings.probe
+        )
         self._schedulers = TrainerSchedulers(trainer, pl_module, engine.guard)
         fit = WatchedFit(trainer, pl_module, engine, self._outputs)
         self._observers.each(lambda observer: observer.begin(fit))
         self._steps = self._step_buffer()
-        engine.schedule.begin(_step(trainer))
+        engine.schedule.begin(step_of(trainer))
 
     @property
     def losses(self) -> list[tuple[int, float]]:
@@ -167,11 +162,12 @@ class MonitoredFit:
         """Measure, if this micro-batch opens an optimizer step at which a reading is due."""
         with self.engine.schedule.own_time():
             self._gauge.collect(batch, batch_idx)
-            step = _step(self._trainer)
+            step = step_of(self._trainer)
             if self._window is None or self._window.step != step:
-                self._open(_Window(step, batch_idx), batch)
+                self._open(StepWindow(step, batch_idx), batch)
             else:
                 self._window.batch_idx = batch_idx
+            self._step_gradient.before_batch(batch, read=self._pending is not None)
 
     @_hook
     def before_optimizer_step(self, optimizer: Any) -> None:
@@ -181,6 +177,7 @@ class MonitoredFit:
             return
         with self.engine.schedule.own_time():
             self._begin_update(window)
+            self._step_gradient.stepping(optimizer)
             pending = self._pending
             if pending is not None and pending.carried is None:
                 carried = self.engine.guard.run(
@@ -200,7 +197,7 @@ class MonitoredFit:
             self._add_loss(outputs)
             if window.update_begun:
                 window.update_begun = False
-                self._steps.end(_step(self._trainer))
+                self._steps.end(step_of(self._trainer))
             if self._pending is not None and self._pending.carried is not None:
                 self._write(self._pending)
 
@@ -208,7 +205,7 @@ class MonitoredFit:
     def end(self) -> None:
         """Take a last reading if there is none yet or the budget has room, and draw the figure."""
         engine = self.engine
-        step = _step(self._trainer)
+        step = step_of(self._trainer)
         self._ending = True
         with engine.schedule.own_time():
             self._write_leftover()
@@ -229,7 +226,7 @@ class MonitoredFit:
         """Draw the figure of what there is."""
         if self.engine.ranks.size == 1 and self._window is not None:  # other processes may be gone
             self._steps.flush()
-        self._finish(_step(self._trainer))
+        self._finish(step_of(self._trainer))
 
     def _shut_down(self, error: Exception) -> None:
         """End the watching, here and on every other process."""
@@ -238,11 +235,11 @@ class MonitoredFit:
         if not isinstance(error, ProcessLeftError):
             ranks.leave()
         self.engine.guard.turn_off(WATCHING, f"{type(error).__name__}: {error}")
-        self.engine.guard.run(WATCHING + " to its end", lambda: self._finish(_step(self._trainer)))
+        self.engine.guard.run(WATCHING + " to its end", lambda: self._finish(step_of(self._trainer)))
 
     # ------------------------------------------------------------------ readings
 
-    def _open(self, window: _Window, batch: Any) -> None:
+    def _open(self, window: StepWindow, batch: Any) -> None:
         """Begin a step: end the one before, let observers answer, and measure if that is due."""
         if self._window is not None:
             self._steps.end(self._window.step)  # nothing, unless the optimizer was stepped behind Lightning's back
@@ -260,7 +257,7 @@ class MonitoredFit:
         self._track(TrackedReading(measurement, self._tracked))
         self._observers.each(lambda observer: observer.measured(measurement), together=True)
 
-    def _carried(self, measurement: Measurement, window: _Window) -> StabilityReading:
+    def _carried(self, measurement: Measurement, window: StepWindow) -> StabilityReading:
         """Return a reading at the settings that the step uses."""
         optimizers = self._trainer.optimizers
         settings = self._observers.ahead(self._schedulers.after(1, window.batch_idx))
@@ -275,6 +272,7 @@ class MonitoredFit:
             self._observers.each(lambda observer: observer.settle(optimizers))
             return replace(
                 reading,
+                notes=self.engine.match.noted(reading.notes),
                 edge_ratio_clipped=clipped_edge_ratio(self._trainer, reading.edge_ratio),
                 edge_ratio_next=edge_ratio_at(measurement, optimizers, settings),
             )
@@ -343,12 +341,12 @@ class MonitoredFit:
             self._tracked = tracked
             self._steps.project_on(tracked.direction, trained_parameters(self._trainer.optimizers))
 
-    def _begin_update(self, window: _Window) -> None:
+    def _begin_update(self, window: StepWindow) -> None:
         if window.update_begun:
             return
         window.update_begun = True
         optimizers = self._trainer.optimizers
-        step = _step(self._trainer)
+        step = step_of(self._trainer)
         self._observers.each(lambda observer: observer.before_update(step, self._tracked), together=True)
         # The schedule is looked up by its own settings, and the step is taken with those in effect.
         ahead = self._observers.scaled(self._schedulers.highest_rate(window.batch_idx))
@@ -389,9 +387,3 @@ class MonitoredFit:
         engine.schedule.end()
         self._observers.each(lambda observer: observer.finish(step))
         self._outputs.finish(engine, step, self.losses, self._title)
-
-
-def _step(trainer: Any) -> int:
-    """Return the step that Lightning logs under: optimizer-step windows since the start."""
-    step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
-    return int(trainer.global_step if step is None else step)

@@ -21,6 +21,7 @@ from eos_monitor.isolation.sandbox import LossFn
 from eos_monitor.isolation.twin import as_list, trained_parameters
 from eos_monitor.limits.thresholds import learning_rates
 from eos_monitor.monitor.engine import Engine
+from eos_monitor.monitor.loop_gradient import LoopGradient
 from eos_monitor.monitor.rows import append_jsonl
 from eos_monitor.monitor.verification import Verification
 from eos_monitor.readings.reading import Measurement, StabilityReading
@@ -111,6 +112,7 @@ class StabilityProbe:
         self._engine = Engine(self._probe, solver or Solver(), every_n_steps=every_n_steps, max_overhead=max_overhead)
         self._step = 0
         self._written: dict[Path, int] = {}  # rows of this run in each file
+        self._gradient = LoopGradient(module, loss_fn, self._optimizers, engine=self._engine, probe=self._probe)
         self._schedulers = [scheduled(entry) for entry in schedulers]
         self._ahead = SettingsAhead(self._schedulers, self._optimizers) if schedulers else None
         self._tracked = TrackedReading(None)
@@ -225,6 +227,7 @@ class StabilityProbe:
                 self._steps.add_loss(loss, whole=True)
             if engine.due(step):
                 reading = self._measured(step, batch)
+            self._gradient.step(batch, read=reading is not None)
         if reading is not None:
             self._steps.catch_up()  # what came before it is judged before it
             engine.add_reading(reading)
