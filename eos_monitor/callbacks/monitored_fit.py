@@ -27,6 +27,7 @@ from eos_monitor.callbacks.wording import describe_optimizers, describe_stale, d
 from eos_monitor.dashboard.loss_curve import LossCurve
 from eos_monitor.forecast.lookahead import edge_ratio_at
 from eos_monitor.forecast.tracked_reading import TrackedReading
+from eos_monitor.isolation.parted_loss import told
 from eos_monitor.isolation.twin import trained_parameters
 from eos_monitor.limits.thresholds import learning_rates
 from eos_monitor.monitor.engine import Engine
@@ -112,6 +113,7 @@ class MonitoredFit:
         self._trainer = trainer
         self._module = pl_module
         self._loss = loss
+        self._optimizers = loss.optimizers
         self._settings = settings
         self._observers = Observers(observers)
         self._tracked = TrackedReading(None)
@@ -121,7 +123,7 @@ class MonitoredFit:
         self._introduced = False
         self._told_stale = False
         self._ending = False  # no row can be logged by the module any more
-        self._title = describe_optimizers(trainer.optimizers)
+        self._title = describe_optimizers(self._optimizers)
         self._outputs = RunOutputs(
             trainer, folder, settings.name, settings.alerts, engine.guard, throttle, silent=settings.silent
         )
@@ -138,14 +140,15 @@ class MonitoredFit:
             say=self._outputs.say,
             owners=(owner, self),
         )
+        several = told(loss.given, trainer.optimizers)
+        if several is not None:
+            self._outputs.say(several)
         with engine.schedule.own_time(startup=True):
             first_double_backward(pl_module.device)
-        engine.follow(trainer.optimizers)
-        self._step_gradient = StepGradient(
-            trainer, pl_module, loss=loss, optimizers=trainer.optimizers, engine=engine, probe=settings.probe
-        )
-        self._schedulers = TrainerSchedulers(trainer, pl_module, engine.guard)
-        fit = WatchedFit(trainer, pl_module, engine, self._outputs)
+        engine.follow(self._optimizers)
+        self._step_gradient = StepGradient(trainer, pl_module, loss=loss, engine=engine, probe=settings.probe)
+        self._schedulers = TrainerSchedulers(trainer, pl_module, self._optimizers, engine.guard)
+        fit = WatchedFit(trainer, pl_module, self._optimizers, engine, self._outputs)
         self._observers.each(lambda observer: observer.begin(fit))
         self._steps = self._step_buffer()
         engine.schedule.begin(step_of(trainer))
@@ -176,14 +179,10 @@ class MonitoredFit:
         if window is None:
             return
         with self.engine.schedule.own_time():
-            self._begin_update(window)
-            self._step_gradient.stepping(optimizer)
-            pending = self._pending
-            if pending is not None and pending.carried is None:
-                carried = self.engine.guard.run(
-                    _CARRYING, lambda: self._carried(pending.measurement, window), gives_up=False
-                )
-                pending.carry(carried)
+            if any(optimizer is measured for measured in self._optimizers):
+                self._begin_update(window)
+                self._step_gradient.stepping(optimizer)
+                self._carry(window)
             self._observers.each(lambda observer: observer.before_optimizer_step(optimizer), together=True)
 
     @_hook
@@ -257,9 +256,17 @@ class MonitoredFit:
         self._track(TrackedReading(measurement, self._tracked))
         self._observers.each(lambda observer: observer.measured(measurement), together=True)
 
+    def _carry(self, window: StepWindow) -> None:
+        """Carry the pending reading to the settings of its step; the first optimizer of several does it for all."""
+        pending = self._pending
+        if pending is not None and pending.carried is None:
+            measurement = pending.measurement
+            carried = self.engine.guard.run(_CARRYING, lambda: self._carried(measurement, window), gives_up=False)
+            pending.carry(carried)
+
     def _carried(self, measurement: Measurement, window: StepWindow) -> StabilityReading:
         """Return a reading at the settings that the step uses."""
-        optimizers = self._trainer.optimizers
+        optimizers = self._optimizers
         settings = self._observers.ahead(self._schedulers.after(1, window.batch_idx))
         with self._observers.in_effect():
             reading = measurement.at(optimizers)
@@ -273,7 +280,7 @@ class MonitoredFit:
             return replace(
                 reading,
                 notes=self.engine.match.noted(reading.notes),
-                edge_ratio_clipped=clipped_edge_ratio(self._trainer, reading.edge_ratio),
+                edge_ratio_clipped=clipped_edge_ratio(self._trainer, optimizers, reading.edge_ratio),
                 edge_ratio_next=edge_ratio_at(measurement, optimizers, settings),
             )
 
@@ -291,7 +298,7 @@ class MonitoredFit:
         self._introduce(reading)
         row = self.engine.rows[-1]
         name = self._settings.name
-        metrics = edge_metrics(name, row, int(verdict), group_names(self._trainer.optimizers))
+        metrics = edge_metrics(name, row, int(verdict), group_names(self._optimizers))
         metrics |= self._observers.metrics(name)
         self._outputs.row(row, metrics)
         if self._settings.expose_metrics and not self._ending:  # no logging is possible once training has ended
@@ -322,7 +329,7 @@ class MonitoredFit:
         projections = self._settings.projections
         exact = engine.schedule.every_n_steps is not None  # whoever sets the cadence has set the cost
         return StepBuffer(
-            trained_parameters(self._trainer.optimizers),
+            trained_parameters(self._optimizers),
             self._add_step,
             movements=True if projections is None and exact else projections,
             max_overhead=engine.schedule.max_overhead,
@@ -339,13 +346,13 @@ class MonitoredFit:
         """Go on from a reading, and project updates on its critical mode."""
         if tracked is not self._tracked:
             self._tracked = tracked
-            self._steps.project_on(tracked.direction, trained_parameters(self._trainer.optimizers))
+            self._steps.project_on(tracked.direction, trained_parameters(self._optimizers))
 
     def _begin_update(self, window: StepWindow) -> None:
         if window.update_begun:
             return
         window.update_begun = True
-        optimizers = self._trainer.optimizers
+        optimizers = self._optimizers
         step = step_of(self._trainer)
         self._observers.each(lambda observer: observer.before_update(step, self._tracked), together=True)
         # The schedule is looked up by its own settings, and the step is taken with those in effect.

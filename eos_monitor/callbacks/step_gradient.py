@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from eos_monitor.callbacks.losses import MeasuredLoss
 from eos_monitor.callbacks.trainer_sandbox import TrainerSandbox
@@ -36,7 +34,6 @@ class StepGradient:
         trainer: The Trainer.
         pl_module: Its module.
         loss: The loss that is measured.
-        optimizers: Optimizers that it is measured for.
         engine: Takes the readings.
         probe: What they are taken on.
     """
@@ -47,14 +44,13 @@ class StepGradient:
         pl_module: Any,
         *,
         loss: MeasuredLoss,
-        optimizers: Sequence[Optimizer],
         engine: Engine,
         probe: Probe,
     ) -> None:
         self._trainer = trainer
         self._module = pl_module
         self._loss = loss
-        self._optimizers = as_list(optimizers)
+        self._optimizers = as_list(loss.optimizers)
         self._engine = engine
         self._probe = probe
         self._given = engine.samples.kind == "given"

@@ -281,7 +281,8 @@ def test_loss_fn_goes_before_curvature_loss_before_training_step(tmp_path: Path)
             return 2 * self.net(batch).square().mean()
 
     monitor = EdgeOfStabilityMonitor(every_n_steps=1)
-    fit(Both(), monitor, tmp_path)
+    with pytest.warns(UserWarning, match=r"a gradient 0\.5 times its own"):  # it is not the one that is trained
+        fit(Both(), monitor, tmp_path)
     assert monitor.readings[0].sharpness == pytest.approx(18.0, rel=1e-5)
     monitor = EdgeOfStabilityMonitor(every_n_steps=1, loss_fn=square)
     fit(Both(), monitor, tmp_path)
