@@ -145,7 +145,8 @@ class Measurement:
             lr=lr,
             batch_sharpness_limits=None if reading.batch_sharpness is None else batch_sharpness_limits(optimizers),
             edge_ratio=ratio,
-            eigenvalues=tuple(s * value for value in reading.eigenvalues or ()),
+            # Between bounds the top one only: the others may have the factors of other coordinates.
+            eigenvalues=tuple(s * value for value in (reading.eigenvalues or ())[: 1 if unsure else None]),
             error=None if reading.error is None else math.hypot(s * reading.error, unsure * ratio),
             sampling_error=None if reading.sampling_error is None else s * reading.sampling_error,
             threshold=now.threshold,

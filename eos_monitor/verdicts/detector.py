@@ -79,7 +79,7 @@ class InstabilityDetector:
 
     ``DIVERGING`` is confirmed, not foreseen: :attr:`lateness` tells how late it is. Without readings the updates alone
     say at most ``RESTRAINED``. Readings that did not converge, or are stale, are passed over; where there are no
-    others, :attr:`reason` says why, and after three the verdict is ``UNKNOWN``.
+    others, the reason says why, and after three in a row the verdict is ``UNKNOWN``.
 
     Whatever is missing may be left out, and :meth:`update` may be called several times a step.
 
@@ -268,6 +268,8 @@ class InstabilityDetector:
         elif not reading.stale and reading.converged:
             self._readings = "usable"
             self._edge.add(reading)
+        elif self._readings != "usable":
+            self._readings = "none"  # no longer young
         self._passed_over.add(reading)
 
     def _judge(self, step: int) -> tuple[Verdict, str]:
@@ -295,11 +297,13 @@ class InstabilityDetector:
             return Verdict.EDGE, f"The updates flip as they do at an edge ratio of {ratio:.2g}; no reading says so."
         if self._readings == "no edge":
             return Verdict.UNKNOWN, "The edge of this optimizer is not known, or was not measured."
-        passed_over = self._passed_over
-        if passed_over.told is not None:  # they will not become better by waiting
-            return Verdict.UNKNOWN if passed_over.count >= _PASSED_OVER else Verdict.WARMING_UP, passed_over.told
         needed = max(_LEARN_FROM, 3 / (1 - self._momentum))
-        if step - (self._first_step or 0) < needed:
+        early = step - (self._first_step or 0) < needed
+        passed_over = self._passed_over
+        if passed_over.told is not None:  # to wait for more of them makes nothing known
+            early = early and passed_over.count < _PASSED_OVER
+            return Verdict.WARMING_UP if early else Verdict.UNKNOWN, passed_over.told
+        if early:
             return Verdict.WARMING_UP, "There is no reading yet."
         return Verdict.UNKNOWN, "There is no reading, and updates alone never prove a run stable."
 
