@@ -93,8 +93,8 @@ class StepGradient:
             self._engine.guard.run(COMPARING, lambda: self._compare(gradient))
 
     def _is_comparable(self) -> bool:
-        if self._trainer.world_size > 1 or len(self._optimizers) != 1:
-            return False
+        if self._trainer.world_size > 1 or len(self._optimizers) != 1 or self._engine.samples.halved:
+            return False  # halved: a whole batch does not fit beside the reading
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(self._optimizers[0], "_step_supports_amp_scaling", False):
             return False  # fused: it unscales inside of its step

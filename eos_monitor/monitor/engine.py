@@ -74,7 +74,7 @@ class Engine:
         self.changed: Callable[[Change], None] = _ignore
         self.ranks = Ranks()
         self.guard = Guard()
-        self.match = LossMatch(lambda found: self.guard.warn_once("loss", found))
+        self.match = LossMatch(self.guard)
         self._gauge = Gauge(solver, probe.batch_size_fn)
         self._full_everywhere = False
         self._probe_failure: str | None = None

@@ -65,8 +65,8 @@ class LoopGradient:
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if several and torch.distributed.get_world_size() > 1:
             return False
-        if len(self._optimizers) != 1 or needs_closure(self._optimizers[0]):
-            return False
+        if len(self._optimizers) != 1 or needs_closure(self._optimizers[0]) or self._engine.samples.halved:
+            return False  # halved: a whole batch does not fit beside the reading
         hooked = any(
             p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
             for p in trained_parameters(self._optimizers)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from eos_monitor.curvature.hessian import HessianOperator
 from eos_monitor.isolation.sandbox import LossFn, Sandbox, check_loss
+from eos_monitor.readings.guard import Guard
 
 COMPARING = "comparing the measured loss with the trained one"
 LOOSE = 0.05  # of the step's gradient, that may be left over where the batch is known to be the step's
@@ -76,7 +77,7 @@ class LossMatch:
     it, of a loss and steps that are known to repeat.
 
     Args:
-        tell: Called with what was found, in words.
+        guard: Warns of what was found.
 
     Attributes:
         note: What a reader of readings must know; None for nothing.
@@ -84,11 +85,11 @@ class LossMatch:
         suspicious: Whether a step had another direction; whether it would have it again is then worth finding out.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, guard: Guard) -> None:
         self.note: str | None = None
         self.open = True
         self.suspicious = False
-        self._tell = tell
+        self._guard = guard
         self._scaled: list[Agreement] = []
         self._turned = 0
         self._unclear = 0
@@ -130,7 +131,7 @@ class LossMatch:
     def _say(self, note: str, advice: str) -> None:
         self.open = False
         self.note = note
-        self._tell(f"eos_monitor: {note}. {advice}")
+        self._guard.warn_once("loss", f"eos_monitor: {note}. {advice}")
 
 
 def measured_gradient(
