@@ -155,9 +155,9 @@ class StabilityActions(AttachedMonitor):
         self._snapshots = Snapshots(self._every, BUFFERED if known_late else 0)
         if not self.dry_run:
             try:
-                self._rates.attach(fit.trainer.optimizers)
+                self._rates.attach(fit.optimizers)
             except AttributeError:
-                kinds = ", ".join(type(optimizer).__name__ for optimizer in fit.trainer.optimizers)
+                kinds = ", ".join(type(optimizer).__name__ for optimizer in fit.optimizers)
                 self.guard.turn_off(_ACTING, f"Expected torch optimizers with step hooks, got {kinds}.")
             else:
                 self._use_factors()
@@ -203,14 +203,14 @@ class StabilityActions(AttachedMonitor):
             beside = (detector.state_dict(), tracked, self._governor.caps_by_place)
             self.guard.run(
                 _ACTING,
-                lambda: self._snapshots.keep(Snapshot.of(step, fit.pl_module, fit.trainer.optimizers, beside)),
+                lambda: self._snapshots.keep(Snapshot.of(step, fit.pl_module, fit.optimizers, beside)),
             )
 
     def measured(self, measurement: Measurement) -> None:
         """Take in a reading."""
         fit = self._acting
         if fit is not None:
-            self.guard.run(_ACTING, lambda: self._governor.measured(measurement, fit.trainer.optimizers), together=True)
+            self.guard.run(_ACTING, lambda: self._governor.measured(measurement, fit.optimizers), together=True)
 
     def before_update(self, step: int, tracked: TrackedReading) -> None:
         """Decide on the learning rates of the update of ``step``; once a step."""
@@ -253,7 +253,7 @@ class StabilityActions(AttachedMonitor):
         return None if self._released or _ACTING in self.guard.off else self._fit
 
     def _govern(self, fit: WatchedFit, step: int, tracked: TrackedReading) -> None:
-        optimizers = fit.trainer.optimizers
+        optimizers = fit.optimizers
         rates = learning_rates(optimizers)
         if "cap-lr" in self.names:
             plain = self._governor.ratio(rates)
@@ -269,7 +269,7 @@ class StabilityActions(AttachedMonitor):
         self._rates.factors = () if self.dry_run or self._released else self._governor.factors
 
     def _words(self, fit: WatchedFit, cap: Cap) -> str:
-        names = group_names(fit.trainer.optimizers)
+        names = group_names(fit.optimizers)
         many = len(cap.before) > 1
         changes = ", ".join(
             f"{names[g] + ' ' if many and g < len(names) else ''}{cap.before[g]:.3g} → {cap.after[g]:.3g}"
@@ -321,7 +321,7 @@ class StabilityActions(AttachedMonitor):
         return None
 
     def _restore(self, fit: WatchedFit, step: int, snapshot: Snapshot) -> TrackedReading:
-        optimizers = fit.trainer.optimizers
+        optimizers = fit.optimizers
         engine = fit.engine
         restored: TrackedReading
         snapshot.restore(fit.pl_module, optimizers)

@@ -15,6 +15,7 @@ from eos_monitor.cfl.capture import NoLayerError, layer_names
 from eos_monitor.cfl.estimate import CFLEstimate
 from eos_monitor.cfl.tiers import CFLGauge
 from eos_monitor.dashboard.layers import has_something_to_draw, layers_table, run_sentence
+from eos_monitor.isolation.parted_loss import NEEDS_ONE_LOSS, PartedLoss
 from eos_monitor.limits.thresholds import critical_curvature, learning_rates
 from eos_monitor.readings.reading import Measurement, common_factor
 from eos_monitor.readings.settings import Probe, Solver, names_moved_arguments
@@ -173,6 +174,9 @@ class CFLMonitor(AttachedMonitor):
         self._fresh = False
         if not context.trainer.is_global_zero:
             return
+        if isinstance(context.loss_fn, PartedLoss):
+            self.turn_off(NEEDS_ONE_LOSS)
+            return
         verdict = context.verdict
         refine = self._count % _REFINE_EVERY == 0 or verdict != self._refined_at
         try:
@@ -180,7 +184,7 @@ class CFLMonitor(AttachedMonitor):
                 context.pl_module,
                 context.loss_fn,
                 context.batches,
-                context.trainer.optimizers,
+                context.optimizers,
                 sandbox=context.sandbox(),
                 mode=None if context.modes is None else context.modes[:, 0],
                 refine=refine,

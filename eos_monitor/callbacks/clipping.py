@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from eos_monitor.limits.neighbours import clipped_ratio
 from eos_monitor.verdicts.steps import kind_of
 
 
-def clipped_edge_ratio(trainer: Any, edge_ratio: float | None) -> float | None:
+def clipped_edge_ratio(trainer: Any, optimizers: Sequence[Any], edge_ratio: float | None) -> float | None:
     """Return the edge ratio at the learning rate that clipping by the Trainer makes of the present one.
 
     To be asked before the optimizer's step, when the gradients are there and not clipped yet. None without clipping by
@@ -20,6 +21,7 @@ def clipped_edge_ratio(trainer: Any, edge_ratio: float | None) -> float | None:
 
     Args:
         trainer: The Trainer.
+        optimizers: Those that are measured.
         edge_ratio: Edge ratio without clipping.
     """
     limit = trainer.gradient_clip_val
@@ -27,9 +29,9 @@ def clipped_edge_ratio(trainer: Any, edge_ratio: float | None) -> float | None:
     # Lightning clips by the norm unless told otherwise; by value there is no common factor.
     if edge_ratio is None or not limit or (by is not None and getattr(by, "value", by) != "norm"):
         return None
-    if kind_of(trainer.optimizers)["family"] == "adam":
+    if kind_of(optimizers)["family"] == "adam":
         return None
-    gradients = [p.grad for p in trained_parameters(trainer.optimizers) if p.grad is not None]
+    gradients = [p.grad for p in trained_parameters(optimizers) if p.grad is not None]
     if not gradients:
         return None
     norms = torch.stack([torch.linalg.vector_norm(g.detach()).double().to(gradients[0].device) for g in gradients])

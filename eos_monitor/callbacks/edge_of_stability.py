@@ -63,7 +63,9 @@ class EdgeOfStabilityMonitor(Named, Callback):
     Args:
         every_n_steps: Optimizer steps between readings; None for as often as ``max_overhead`` allows.
         max_overhead: Share of the training time that readings may take, in (0, 1].
-        loss_fn: ``loss_fn(pl_module, batch)`` -> scalar mean loss.
+        loss_fn: ``loss_fn(pl_module, batch)`` -> scalar mean loss; with several optimizers that have losses of their
+            own, ``{position: loss_fn}``: each is measured over its own optimizer's parameters, optimizers without one
+            are not measured, and a reading is that of the optimizer nearest to its edge.
         probe: The data to measure on, a :class:`Probe`; a kind (``"fixed"``, ``"batch"``) or an iterable of batches
             stand for one.
         solver: How readings are solved, a :class:`Solver`.
@@ -230,6 +232,7 @@ class EdgeOfStabilityMonitor(Named, Callback):
         loss = self._loss
         if loss is None:
             return
+        loss = self._loss = loss.of(trainer.optimizers)
         # Of this fit: the monitor may have been in another Trainer with others.
         self.observers = [observer for observer in self.observers if observer in trainer.callbacks]
         # Here, because all processes have to come by: nothing below may be waited for by another one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,11 +20,14 @@ from eos_monitor.callbacks.observer import Observer, Observers, WatchedFit
 from eos_monitor.callbacks.outputs import RunOutputs
 from eos_monitor.callbacks.pending_reading import PendingReading
 from eos_monitor.callbacks.schedulers import TrainerSchedulers
+from eos_monitor.callbacks.step_gradient import StepGradient
+from eos_monitor.callbacks.step_window import StepWindow, step_of
 from eos_monitor.callbacks.trainer_gauge import TrainerGauge, first_double_backward
 from eos_monitor.callbacks.wording import describe_optimizers, describe_stale, describe_start, edge_metrics, group_names
 from eos_monitor.dashboard.loss_curve import LossCurve
 from eos_monitor.forecast.lookahead import edge_ratio_at
 from eos_monitor.forecast.tracked_reading import TrackedReading
+from eos_monitor.isolation.parted_loss import told
 from eos_monitor.isolation.twin import trained_parameters
 from eos_monitor.limits.thresholds import learning_rates
 from eos_monitor.monitor.engine import Engine
@@ -53,16 +56,6 @@ def _hook(method: _Hook) -> _Hook:
             self._shut_down(error)
 
     return guarded  # type: ignore[return-value]
-
-
-@dataclass
-class _Window:
-    """The micro-batches of one optimizer step, up to the first of the next."""
-
-    step: int
-    batch_idx: int = 0
-    update_begun: bool = False
-    batch_ended: bool = False
 
 
 class MonitoredFit:
@@ -120,16 +113,17 @@ class MonitoredFit:
         self._trainer = trainer
         self._module = pl_module
         self._loss = loss
+        self._optimizers = loss.optimizers
         self._settings = settings
         self._observers = Observers(observers)
         self._tracked = TrackedReading(None)
         self._losses = LossCurve()  # for the figure
-        self._window: _Window | None = None
+        self._window: StepWindow | None = None
         self._pending: PendingReading | None = None
         self._introduced = False
         self._told_stale = False
         self._ending = False  # no row can be logged by the module any more
-        self._title = describe_optimizers(trainer.optimizers)
+        self._title = describe_optimizers(self._optimizers)
         self._outputs = RunOutputs(
             trainer, folder, settings.name, settings.alerts, engine.guard, throttle, silent=settings.silent
         )
@@ -146,14 +140,18 @@ class MonitoredFit:
             say=self._outputs.say,
             owners=(owner, self),
         )
+        several = told(loss.given, trainer.optimizers)
+        if several is not None:
+            self._outputs.say(several)
         with engine.schedule.own_time(startup=True):
             first_double_backward(pl_module.device)
-        engine.follow(trainer.optimizers)
-        self._schedulers = TrainerSchedulers(trainer, pl_module, engine.guard)
-        fit = WatchedFit(trainer, pl_module, engine, self._outputs)
+        engine.follow(self._optimizers)
+        self._step_gradient = StepGradient(trainer, pl_module, loss=loss, engine=engine, probe=settings.probe)
+        self._schedulers = TrainerSchedulers(trainer, pl_module, self._optimizers, engine.guard)
+        fit = WatchedFit(trainer, pl_module, self._optimizers, engine, self._outputs)
         self._observers.each(lambda observer: observer.begin(fit))
         self._steps = self._step_buffer()
-        engine.schedule.begin(_step(trainer))
+        engine.schedule.begin(step_of(trainer))
 
     @property
     def losses(self) -> list[tuple[int, float]]:
@@ -167,11 +165,12 @@ class MonitoredFit:
         """Measure, if this micro-batch opens an optimizer step at which a reading is due."""
         with self.engine.schedule.own_time():
             self._gauge.collect(batch, batch_idx)
-            step = _step(self._trainer)
+            step = step_of(self._trainer)
             if self._window is None or self._window.step != step:
-                self._open(_Window(step, batch_idx), batch)
+                self._open(StepWindow(step, batch_idx), batch)
             else:
                 self._window.batch_idx = batch_idx
+            self._step_gradient.before_batch(batch, read=self._pending is not None)
 
     @_hook
     def before_optimizer_step(self, optimizer: Any) -> None:
@@ -180,13 +179,10 @@ class MonitoredFit:
         if window is None:
             return
         with self.engine.schedule.own_time():
-            self._begin_update(window)
-            pending = self._pending
-            if pending is not None and pending.carried is None:
-                carried = self.engine.guard.run(
-                    _CARRYING, lambda: self._carried(pending.measurement, window), gives_up=False
-                )
-                pending.carry(carried)
+            if any(optimizer is measured for measured in self._optimizers):
+                self._begin_update(window)
+                self._step_gradient.stepping(optimizer)
+                self._carry(window)
             self._observers.each(lambda observer: observer.before_optimizer_step(optimizer), together=True)
 
     @_hook
@@ -200,7 +196,7 @@ class MonitoredFit:
             self._add_loss(outputs)
             if window.update_begun:
                 window.update_begun = False
-                self._steps.end(_step(self._trainer))
+                self._steps.end(step_of(self._trainer))
             if self._pending is not None and self._pending.carried is not None:
                 self._write(self._pending)
 
@@ -208,7 +204,7 @@ class MonitoredFit:
     def end(self) -> None:
         """Take a last reading if there is none yet or the budget has room, and draw the figure."""
         engine = self.engine
-        step = _step(self._trainer)
+        step = step_of(self._trainer)
         self._ending = True
         with engine.schedule.own_time():
             self._write_leftover()
@@ -229,7 +225,7 @@ class MonitoredFit:
         """Draw the figure of what there is."""
         if self.engine.ranks.size == 1 and self._window is not None:  # other processes may be gone
             self._steps.flush()
-        self._finish(_step(self._trainer))
+        self._finish(step_of(self._trainer))
 
     def _shut_down(self, error: Exception) -> None:
         """End the watching, here and on every other process."""
@@ -238,11 +234,11 @@ class MonitoredFit:
         if not isinstance(error, ProcessLeftError):
             ranks.leave()
         self.engine.guard.turn_off(WATCHING, f"{type(error).__name__}: {error}")
-        self.engine.guard.run(WATCHING + " to its end", lambda: self._finish(_step(self._trainer)))
+        self.engine.guard.run(WATCHING + " to its end", lambda: self._finish(step_of(self._trainer)))
 
     # ------------------------------------------------------------------ readings
 
-    def _open(self, window: _Window, batch: Any) -> None:
+    def _open(self, window: StepWindow, batch: Any) -> None:
         """Begin a step: end the one before, let observers answer, and measure if that is due."""
         if self._window is not None:
             self._steps.end(self._window.step)  # nothing, unless the optimizer was stepped behind Lightning's back
@@ -260,9 +256,17 @@ class MonitoredFit:
         self._track(TrackedReading(measurement, self._tracked))
         self._observers.each(lambda observer: observer.measured(measurement), together=True)
 
-    def _carried(self, measurement: Measurement, window: _Window) -> StabilityReading:
+    def _carry(self, window: StepWindow) -> None:
+        """Carry the pending reading to the settings of its step; the first optimizer of several does it for all."""
+        pending = self._pending
+        if pending is not None and pending.carried is None:
+            measurement = pending.measurement
+            carried = self.engine.guard.run(_CARRYING, lambda: self._carried(measurement, window), gives_up=False)
+            pending.carry(carried)
+
+    def _carried(self, measurement: Measurement, window: StepWindow) -> StabilityReading:
         """Return a reading at the settings that the step uses."""
-        optimizers = self._trainer.optimizers
+        optimizers = self._optimizers
         settings = self._observers.ahead(self._schedulers.after(1, window.batch_idx))
         with self._observers.in_effect():
             reading = measurement.at(optimizers)
@@ -275,7 +279,8 @@ class MonitoredFit:
             self._observers.each(lambda observer: observer.settle(optimizers))
             return replace(
                 reading,
-                edge_ratio_clipped=clipped_edge_ratio(self._trainer, reading.edge_ratio),
+                notes=self.engine.match.noted(reading.notes),
+                edge_ratio_clipped=clipped_edge_ratio(self._trainer, optimizers, reading.edge_ratio),
                 edge_ratio_next=edge_ratio_at(measurement, optimizers, settings),
             )
 
@@ -293,7 +298,7 @@ class MonitoredFit:
         self._introduce(reading)
         row = self.engine.rows[-1]
         name = self._settings.name
-        metrics = edge_metrics(name, row, int(verdict), group_names(self._trainer.optimizers))
+        metrics = edge_metrics(name, row, int(verdict), group_names(self._optimizers))
         metrics |= self._observers.metrics(name)
         self._outputs.row(row, metrics)
         if self._settings.expose_metrics and not self._ending:  # no logging is possible once training has ended
@@ -324,7 +329,7 @@ class MonitoredFit:
         projections = self._settings.projections
         exact = engine.schedule.every_n_steps is not None  # whoever sets the cadence has set the cost
         return StepBuffer(
-            trained_parameters(self._trainer.optimizers),
+            trained_parameters(self._optimizers),
             self._add_step,
             movements=True if projections is None and exact else projections,
             max_overhead=engine.schedule.max_overhead,
@@ -341,14 +346,14 @@ class MonitoredFit:
         """Go on from a reading, and project updates on its critical mode."""
         if tracked is not self._tracked:
             self._tracked = tracked
-            self._steps.project_on(tracked.direction, trained_parameters(self._trainer.optimizers))
+            self._steps.project_on(tracked.direction, trained_parameters(self._optimizers))
 
-    def _begin_update(self, window: _Window) -> None:
+    def _begin_update(self, window: StepWindow) -> None:
         if window.update_begun:
             return
         window.update_begun = True
-        optimizers = self._trainer.optimizers
-        step = _step(self._trainer)
+        optimizers = self._optimizers
+        step = step_of(self._trainer)
         self._observers.each(lambda observer: observer.before_update(step, self._tracked), together=True)
         # The schedule is looked up by its own settings, and the step is taken with those in effect.
         ahead = self._observers.scaled(self._schedulers.highest_rate(window.batch_idx))
@@ -389,9 +394,3 @@ class MonitoredFit:
         engine.schedule.end()
         self._observers.each(lambda observer: observer.finish(step))
         self._outputs.finish(engine, step, self.losses, self._title)
-
-
-def _step(trainer: Any) -> int:
-    """Return the step that Lightning logs under: optimizer-step windows since the start."""
-    step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
-    return int(trainer.global_step if step is None else step)

@@ -26,12 +26,14 @@ class WatchedFit:
     Attributes:
         trainer: The Trainer.
         pl_module: Its module.
+        optimizers: Those of its optimizers that are measured.
         engine: What the monitor knows of the run.
         outputs: Where it writes.
     """
 
     trainer: Any
     pl_module: Any
+    optimizers: Sequence[Any]
     engine: Engine
     outputs: RunOutputs
 

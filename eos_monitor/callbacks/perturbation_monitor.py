@@ -14,6 +14,7 @@ from eos_monitor.callbacks.losses import GivenLoss
 from eos_monitor.callbacks.observer import WatchedFit
 from eos_monitor.callbacks.reading_context import ReadingContext
 from eos_monitor.forecast.lookahead import Settings
+from eos_monitor.isolation.parted_loss import NEEDS_ONE_LOSS, PartedLoss
 from eos_monitor.perturbation import AMPLIFYING, ATTENUATING, DEAD, DIVERGED, NEUTRAL, TwinRun, twin_run
 from eos_monitor.readings.settings import Probe, Solver, names_moved_arguments
 from eos_monitor.verdicts.detector import Verdict
@@ -156,13 +157,16 @@ class PerturbationMonitor(AttachedMonitor):
         self._restrained = restrained
         if not context.trainer.is_global_zero:
             return
+        if isinstance(context.loss_fn, PartedLoss):
+            self.turn_off(NEEDS_ONE_LOSS)
+            return
         perturbation: str | Tensor = self._perturbation
         if self._perturbation == "mode" and context.modes is not None:
             perturbation = context.modes[:, 0]
         self._fresh = self.runs[context.step] = self._run_twins(context, perturbation)
 
     def _run_twins(self, context: ReadingContext, perturbation: str | Tensor) -> TwinRun:
-        optimizers = context.trainer.optimizers
+        optimizers = context.optimizers
         return twin_run(
             context.pl_module,
             context.loss_fn,

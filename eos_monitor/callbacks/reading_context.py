@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ class ReadingContext:
         trainer: The Trainer.
         pl_module: Its module.
         loss_fn: The loss that the monitor measures.
+        optimizers: The optimizers whose parameters it is measured over.
         batches: The monitor's probe, on the module's device.
         step: Optimizer step that the reading precedes.
         measurement: The monitor's reading.
@@ -34,6 +35,7 @@ class ReadingContext:
     trainer: Any
     pl_module: Any
     loss_fn: LossFn
+    optimizers: Sequence[Any]
     batches: list[Any]
     step: int
     measurement: Measurement

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from eos_monitor.forecast.lookahead import Position, Settings, SettingsAhead
@@ -19,15 +20,17 @@ class TrainerSchedulers:
     Args:
         trainer: The Trainer.
         pl_module: Its module.
+        optimizers: Those whose settings are asked for.
         guard: Keeps a scheduler's failure from ending the run.
     """
 
-    def __init__(self, trainer: Any, pl_module: Any, guard: Guard) -> None:
+    def __init__(self, trainer: Any, pl_module: Any, optimizers: Sequence[Any], guard: Guard) -> None:
         self._trainer = trainer
+        self._optimizers = optimizers
         self._guard = guard
         self._rates: list[float] = []  # of the present step and of those to come
         self._ahead = (
-            SettingsAhead(trainer.lr_scheduler_configs, trainer.optimizers)
+            SettingsAhead(trainer.lr_scheduler_configs, optimizers)
             if pl_module.automatic_optimization and trainer.lr_scheduler_configs
             else None
         )
@@ -51,7 +54,7 @@ class TrainerSchedulers:
         ahead = self._ahead
         if ahead is None:
             return None
-        now = next(iter(learning_rates(self._trainer.optimizers)), None)
+        now = next(iter(learning_rates(self._optimizers)), None)
         if now is None:
             return None
         if len(self._rates) > _HORIZON + 1 and self._rates[1] == now:

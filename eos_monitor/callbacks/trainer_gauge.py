@@ -103,7 +103,7 @@ class TrainerGauge:
         return self._engine.measure(
             module,
             self._loss.function,
-            trainer.optimizers,
+            self._loss.optimizers,
             step=step,
             batch=batch,
             full_batch=self._is_full_batch(),
@@ -124,6 +124,7 @@ class TrainerGauge:
                 trainer=self._trainer,
                 pl_module=self._module,
                 loss_fn=self._loss.function,
+                optimizers=self._loss.optimizers,
                 batches=self._engine.samples.on(self._module.device, batch),  # may want memory
                 step=step,
                 measurement=measurement,

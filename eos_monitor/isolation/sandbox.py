@@ -25,6 +25,7 @@ from eos_monitor.isolation.batches import clone_batch, map_batch
 from eos_monitor.isolation.copies import Copies, cast
 from eos_monitor.isolation.counters import Counters
 from eos_monitor.isolation.exchange import without_exchange
+from eos_monitor.isolation.parted_loss import PartedLoss
 from eos_monitor.isolation.wrappers import direct_forward
 
 LossFn = Callable[[Any, Any], Tensor]  # loss_fn(module, batch) -> scalar mean loss
@@ -130,6 +131,10 @@ class Sandbox:
             stream: Number of the random stream (one per micro-batch, so that their dropout masks differ).
             dtype: Floating-point type that buffers, attributes and the batch are cast to; None leaves them.
         """
+        if isinstance(loss_fn, PartedLoss):
+            parts = loss_fn.parts(parameters)
+            losses = [Sandbox.evaluate(self, loss, batch, own, stream=stream, dtype=dtype) for loss, own in parts]
+            return torch.stack([check_loss(loss, finite=False, constant=True) for loss in losses]).sum()
         self._stage = []
         memo: dict[int, Any] = {id(p): cast(p.detach(), dtype) for p in self._parameters}
         memo |= {id(live): stand_in for live, stand_in in parameters.items()}

@@ -93,13 +93,14 @@ def proposed_update(
             twin = twin_optimizer(optimizer, stand_ins)
             for group in twin.param_groups:
                 group.update(settings or {})
-            if loss_at is not None and _needs_closure(optimizer):
+            if loss_at is not None and needs_closure(optimizer):
                 twin.step(closure)
             else:
                 twin.step()
     return moved()
 
 
-def _needs_closure(optimizer: Optimizer) -> bool:
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether an optimizer evaluates the loss itself, at several points a step perhaps."""
     parameter = inspect.signature(inspect.unwrap(type(optimizer).step)).parameters.get("closure")
     return parameter is not None and parameter.default is inspect.Parameter.empty

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from eos_monitor.dashboard.report import run_report
 from eos_monitor.isolation.sandbox import LossFn, Sandbox
+from eos_monitor.monitor.loss_match import LossMatch
 from eos_monitor.monitor.ranks import Ranks
 from eos_monitor.readings.gauge import Gauge
 from eos_monitor.readings.guard import MEASURING, Guard, everywhere
@@ -51,6 +52,7 @@ class Engine:
         changed: Called when the verdict or the advisory has changed.
         ranks: The processes; set before the first batch, and back after the last.
         guard: Keeps all of it from ending the run.
+        match: Whether the loss that is measured is the one that steps take.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Engine:
         self.changed: Callable[[Change], None] = _ignore
         self.ranks = Ranks()
         self.guard = Guard()
+        self.match = LossMatch(self.guard)
         self._gauge = Gauge(solver, probe.batch_size_fn)
         self._full_everywhere = False
         self._probe_failure: str | None = None
@@ -213,9 +216,8 @@ class Engine:
         for note in measurement.reading.notes:
             if "batch_size_fn" in note:
                 self.guard.warn_once("samples", f"eos_monitor: {note}.")
-        if self.samples.halved:
-            notes = (*measurement.reading.notes, HALVED)
-            measurement = replace(measurement, reading=replace(measurement.reading, notes=notes))
+        notes = measurement.reading.notes + ((HALVED,) if self.samples.halved else ())
+        measurement = replace(measurement, reading=replace(measurement.reading, notes=self.match.noted(notes)))
         if self._gauge.products_are_wrong:
             self.guard.turn_off(MEASURING, self._gauge.check_note or "")
         elif not measurement.reading.ready:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,12 @@ from eos_monitor.alerts.throttle import Throttle
 from eos_monitor.forecast.lookahead import Position, SettingsAhead, edge_ratio_at, scheduled
 from eos_monitor.forecast.tracked_reading import TrackedReading
 from eos_monitor.isolation.fingerprint import Fingerprint, fingerprint
+from eos_monitor.isolation.parted_loss import assigned, told
 from eos_monitor.isolation.sandbox import LossFn
 from eos_monitor.isolation.twin import as_list, trained_parameters
 from eos_monitor.limits.thresholds import learning_rates
 from eos_monitor.monitor.engine import Engine
+from eos_monitor.monitor.loop_gradient import LoopGradient
 from eos_monitor.monitor.rows import append_jsonl
 from eos_monitor.monitor.verification import Verification
 from eos_monitor.readings.reading import Measurement, StabilityReading
@@ -44,7 +46,8 @@ class StabilityProbe:
     Args:
         module: Module that is trained.
         optimizer: Optimizer in use, or several.
-        loss_fn: ``loss_fn(module, batch)`` -> scalar mean loss.
+        loss_fn: ``loss_fn(module, batch)`` -> scalar mean loss; with several optimizers that have losses of their own,
+            ``{position: loss_fn}``, as in :class:`EdgeOfStabilityMonitor`.
         every_n_steps: Steps between readings; None for as often as ``max_overhead`` allows.
         max_overhead: Share of the training time that readings may take, in (0, 1].
         probe: The data to measure on, a :class:`Probe`; a kind (``"fixed"``, ``"batch"``) or an iterable of batches
@@ -87,7 +90,7 @@ class StabilityProbe:
         self,
         module: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer],
-        loss_fn: LossFn,
+        loss_fn: LossFn | Mapping[int, LossFn],
         *,
         every_n_steps: int | None = None,
         max_overhead: float = 0.05,
@@ -105,12 +108,15 @@ class StabilityProbe:
                 f"folder nor a logger, got {alerts!r}. Pass JSONLinesSink(path), or a function."
             )
         self._module = module
-        self._loss_fn = loss_fn
-        self._optimizers = as_list(optimizer)
+        every = as_list(optimizer)
+        function, measured = assigned(loss_fn, every)
+        self._loss_fn = function
+        self._optimizers = measured
         self._probe = Probe.of(probe)
         self._engine = Engine(self._probe, solver or Solver(), every_n_steps=every_n_steps, max_overhead=max_overhead)
         self._step = 0
         self._written: dict[Path, int] = {}  # rows of this run in each file
+        self._gradient = LoopGradient(module, function, measured, engine=self._engine, probe=self._probe)
         self._schedulers = [scheduled(entry) for entry in schedulers]
         self._ahead = SettingsAhead(self._schedulers, self._optimizers) if schedulers else None
         self._tracked = TrackedReading(None)
@@ -129,6 +135,9 @@ class StabilityProbe:
             guard=self._engine.guard,
         )
         self._engine.schedule.begin(0)
+        several = told(loss_fn, every)
+        if several is not None:
+            _say(several)
 
     # ------------------------------------------------------------------ what users read
 
@@ -225,6 +234,7 @@ class StabilityProbe:
                 self._steps.add_loss(loss, whole=True)
             if engine.due(step):
                 reading = self._measured(step, batch)
+            self._gradient.step(batch, read=reading is not None)
         if reading is not None:
             self._steps.catch_up()  # what came before it is judged before it
             engine.add_reading(reading)

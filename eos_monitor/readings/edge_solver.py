@@ -147,8 +147,8 @@ class WarmSolver:
     """Eigen-solver that starts from the Ritz vectors of the solve before.
 
     Args:
-        k: Number of eigenvalues.
-        settings: How to solve; its own number of eigenvalues does not count.
+        k: Number of eigenvalues; None for what the settings ask for.
+        settings: How to solve.
         random: Start vectors.
         block: Ritz vectors to begin with, ``(n, j)``.
 
@@ -157,14 +157,18 @@ class WarmSolver:
         solves: Number of solves.
     """
 
-    def __init__(self, k: int, settings: Solver, random: StartVectors, block: Tensor | None = None) -> None:
+    def __init__(self, k: int | None, settings: Solver, random: StartVectors, block: Tensor | None = None) -> None:
         self.block = block
         self.matvecs = 0
         self.solves = 0
         self._scout: Tensor | None = None
-        self._k = k
+        self._k = k or (1 if settings.k == "edge" else settings.k)
         self._settings = settings
         self._random = random
+
+    def asked(self, operator: EdgeOperator) -> Solution:
+        """Return the eigenpairs that the settings ask for."""
+        return self.solve_near_edge(operator) if self._settings.k == "edge" else self.solve(operator)
 
     def solve(self, operator: EdgeOperator) -> Solution:
         """Return the top eigenpairs."""

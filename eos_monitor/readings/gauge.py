@@ -14,13 +14,15 @@ from torch.optim import Optimizer
 
 from eos_monitor.curvature.finite_differences import FiniteDifferenceStep
 from eos_monitor.curvature.hessian import HessianOperator, SumOverRanks
+from eos_monitor.isolation.parted_loss import PartedLoss
 from eos_monitor.isolation.sandbox import LossFn, Sandbox, preserve_rng
 from eos_monitor.isolation.twin import as_list, trained_parameters
 from eos_monitor.limits.edge_scale import edge_scale, shortened
 from eos_monitor.limits.thresholds import CriticalCurvature, learning_rates
 from eos_monitor.readings.edge_solver import AUDIT_EVERY, EdgeOperator, Solution, StartVectors, WarmSolver
+from eos_monitor.readings.own_edges import OwnEdges
 from eos_monitor.readings.products import CheckedProducts, check_products
-from eos_monitor.readings.reading import Measurement, StabilityReading
+from eos_monitor.readings.reading import Measurement, OwnEdge, StabilityReading
 from eos_monitor.readings.settings import Solver
 from eos_monitor.readings.state_gauges import with_state_gauges
 from eos_monitor.readings.subject import Subject
@@ -45,7 +47,8 @@ class Gauge:
         self._settings = solver
         self._batch_size_fn = batch_size_fn
         self._random = StartVectors(solver.seed)
-        self._edge_solver = WarmSolver(1 if solver.k == "edge" else solver.k, solver, self._random)
+        self._edge_solver = WarmSolver(None, solver, self._random)
+        self._own_edges = OwnEdges(solver, self._random)
         self._raw_solver = WarmSolver(1, solver, self._random)
         self._products: CheckedProducts | None = None  # of the first reading that needs any
         self._checked: tuple[int, ...] = ()  # the parameters that they were checked with
@@ -100,9 +103,11 @@ class Gauge:
             ready=curvature.ready,
         )
         mode = None
+        own: tuple[OwnEdge, ...] = ()
         with operator:
             if curvature.ready and _can_move(curvature) and not self.products_are_wrong:
-                reading, mode = self._with_edge(reading, operator, curvature, optimizers)
+                solution, own = self._solve(operator, curvature, subject)
+                reading, mode = self._with_edge(reading, solution, curvature, optimizers)
             if self._settings.raw_sharpness and reading.sharpness is None and not self.products_are_wrong:
                 reading = self._with_raw_sharpness(reading, operator, curvature)
             if curvature.without_threshold:  # a product will be taken along the update
@@ -110,22 +115,22 @@ class Gauge:
                 self._products = self._products or check_products(operator, v)
             loss = operator.loss if operator.loss is not None else operator.evaluate()
             self._step = operator.step
-        notes = _notes(curvature, operator, self.check_note, self._sampling.note, operator.doubt)
+        notes = _notes(curvature, operator, _own_note(own), self.check_note, self._sampling.note, operator.doubt)
         reading = replace(reading, loss=loss, notes=notes)
         if curvature.ready and not self.products_are_wrong:
             without = bool(curvature.without_threshold)
             reading = with_state_gauges(reading, subject, without_threshold=without, accumulate=accumulate)
-        return Measurement(replace(reading, seconds=time.perf_counter() - began), curvature, mode)
+        return Measurement(replace(reading, seconds=time.perf_counter() - began), curvature, mode, own)
 
     def _with_edge(
         self,
         reading: StabilityReading,
-        operator: HessianOperator,
+        solution: Solution,
         curvature: CriticalCurvature,
         optimizers: Sequence[Optimizer],
     ) -> tuple[StabilityReading, Tensor | None]:
         """Add the edge ratio and what follows from it; return the critical mode too, None if products are wrong."""
-        solution = self._solve(operator, curvature)
+        operator = solution.operator.hessian
         mode = solution.mode
         self._products = self._products or check_products(operator, mode, self._random.vector(operator))
         if self._products.wrong:
@@ -137,12 +142,17 @@ class Gauge:
         scale, matvecs = self._edge_scale(solution, mode, curvature, optimizers)
         return _with_numbers(reading, solution, curvature, sampling, scale, matvecs), mode
 
-    def _solve(self, operator: HessianOperator, curvature: CriticalCurvature) -> Solution:
-        """Return the eigenpairs that were asked for."""
-        edge = EdgeOperator(operator, curvature)
+    def _solve(
+        self, operator: HessianOperator, curvature: CriticalCurvature, subject: Subject
+    ) -> tuple[Solution, tuple[OwnEdge, ...]]:
+        """Return the eigenpairs that were asked for, and the edges of optimizers that have losses of their own."""
         if operator.method == "fd" and operator.step is None:
             operator.calibrate(self._random.vector(operator))
-        return self._edge_solver.solve_near_edge(edge) if self._settings.k == "edge" else self._edge_solver.solve(edge)
+        if isinstance(subject.loss_fn, PartedLoss):
+            found = self._own_edges.solve(operator, curvature, subject.optimizers, subject.loss_fn.names)
+            self._edge_solver = found.solver
+            return found.solution, found.edges
+        return self._edge_solver.asked(EdgeOperator(operator, curvature)), ()
 
     def _sampling_error(self, solution: Solution) -> SamplingError:
         """Return the error of the probe being a sample: the last one, but once in ten solves, as it changes slowly."""
@@ -295,6 +305,14 @@ def _notes(curvature: CriticalCurvature, operator: HessianOperator, *found: str 
         notes.append(f"{operator.unused:.0%} of the trained parameters are not used by the loss")
     notes += [note for note in found if note]
     return tuple(notes)
+
+
+def _own_note(own: Sequence[OwnEdge]) -> str | None:
+    """Return of which optimizer an edge ratio is, and those of the others."""
+    if not own:
+        return None
+    others = "".join(f"; {edge.name}: {edge.ratio:.3g}" for edge in own[1:])
+    return f"the edge ratio of {own[0].name}, over its own parameters{others}"
 
 
 def _can_move(curvature: CriticalCurvature) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from eos_monitor.curvature.batch_sharpness import batch_sharpness
 from eos_monitor.curvature.directional import directional_ratio
+from eos_monitor.isolation.parted_loss import PartedLoss
 from eos_monitor.isolation.twin import trained_parameters
 from eos_monitor.limits.plateau import batch_sharpness_limits
 from eos_monitor.readings.reading import StabilityReading
@@ -26,7 +27,9 @@ def with_state_gauges(
         without_threshold: Whether some group has no threshold.
         accumulate: Batches that make one optimizer step; None if the probe's are not the batches of training.
     """
-    limits = batch_sharpness_limits(subject.optimizers)
+    # Of several losses there is no one gradient, and no one line.
+    parted = isinstance(subject.loss_fn, PartedLoss)
+    limits = None if parted else batch_sharpness_limits(subject.optimizers)
     if limits is not None and accumulate is not None and not reading.full_batch:
         reading = _with_batch_sharpness(reading, subject, limits, accumulate)
     return _with_directional_ratio(reading, subject) if without_threshold else reading

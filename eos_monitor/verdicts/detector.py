@@ -13,6 +13,7 @@ from eos_monitor.verdicts.edge_history import EdgeHistory
 from eos_monitor.verdicts.excursions import Excursions
 from eos_monitor.verdicts.jump_risk import JumpRisk, class_of
 from eos_monitor.verdicts.oscillation import Oscillation
+from eos_monitor.verdicts.passed_over import PassedOver
 from eos_monitor.verdicts.restraint import Restraint
 
 _FAMILIES = ("sgd", "nesterov", "adam")
@@ -21,6 +22,7 @@ _NEAR = 0.1  # distance of an edge ratio from 1
 _AT = 0.95  # an edge ratio
 _BATCH_LINE = 0.75  # batch sharpness marks the edge to within a quarter
 _BATCH_LINE_LEFT = 0.65
+_PASSED_OVER = 3  # readings in a row that say nothing
 _LEARN_FROM = 64  # steps without a reading until the run counts as unknown
 
 
@@ -76,7 +78,8 @@ class InstabilityDetector:
     ===============  =============================================================  ===================================
 
     ``DIVERGING`` is confirmed, not foreseen: :attr:`lateness` tells how late it is. Without readings the updates alone
-    say at most ``RESTRAINED``. Readings that did not converge, or are stale, are passed over.
+    say at most ``RESTRAINED``. Readings that did not converge, or are stale, are passed over; where there are no
+    others, the reason says why, and after three in a row the verdict is ``UNKNOWN``.
 
     Whatever is missing may be left out, and :meth:`update` may be called several times a step.
 
@@ -123,6 +126,7 @@ class InstabilityDetector:
         self._ratio: float | None = None
         self._first_step: int | None = None
         self._readings = "none"  # or "young", "no edge", "usable"
+        self._passed_over = PassedOver()
         self._level_held_at = 0
 
     @property
@@ -226,6 +230,7 @@ class InstabilityDetector:
             "lr": None if self._lr is None else list(self._lr),
             "ratio": self._ratio,
             "readings": self._readings,
+            "passed_over": self._passed_over.state_dict(),
             "steps": steps,
             "blamed": divergence.blamed,
         }
@@ -241,6 +246,7 @@ class InstabilityDetector:
         self._lr = None if state["lr"] is None else tuple(state["lr"])
         self._ratio = state["ratio"]
         self._readings = state["readings"]
+        self._passed_over.load_state_dict(state.get("passed_over", [0, None]))
         self._first_step, hot_at, beyond_since, seen_at, self._level_held_at = state["steps"]
         self._divergence.hot_at = hot_at
         self._divergence.blamed = state["blamed"]
@@ -262,6 +268,9 @@ class InstabilityDetector:
         elif not reading.stale and reading.converged:
             self._readings = "usable"
             self._edge.add(reading)
+        elif self._readings != "usable":
+            self._readings = "none"  # no longer young
+        self._passed_over.add(reading)
 
     def _judge(self, step: int) -> tuple[Verdict, str]:
         """Return the verdict that the present rules give, without the memory of the last one."""
@@ -289,7 +298,12 @@ class InstabilityDetector:
         if self._readings == "no edge":
             return Verdict.UNKNOWN, "The edge of this optimizer is not known, or was not measured."
         needed = max(_LEARN_FROM, 3 / (1 - self._momentum))
-        if step - (self._first_step or 0) < needed:
+        early = step - (self._first_step or 0) < needed
+        passed_over = self._passed_over
+        if passed_over.told is not None:  # to wait for more of them makes nothing known
+            early = early and passed_over.count < _PASSED_OVER
+            return Verdict.WARMING_UP if early else Verdict.UNKNOWN, passed_over.told
+        if early:
             return Verdict.WARMING_UP, "There is no reading yet."
         return Verdict.UNKNOWN, "There is no reading, and updates alone never prove a run stable."
 

@@ -281,7 +281,8 @@ def test_loss_fn_goes_before_curvature_loss_before_training_step(tmp_path: Path)
             return 2 * self.net(batch).square().mean()
 
     monitor = EdgeOfStabilityMonitor(every_n_steps=1)
-    fit(Both(), monitor, tmp_path)
+    with pytest.warns(UserWarning, match=r"a gradient 0\.5 times its own"):  # it is not the one that is trained
+        fit(Both(), monitor, tmp_path)
     assert monitor.readings[0].sharpness == pytest.approx(18.0, rel=1e-5)
     monitor = EdgeOfStabilityMonitor(every_n_steps=1, loss_fn=square)
     fit(Both(), monitor, tmp_path)
@@ -607,12 +608,12 @@ def test_why_a_reading_is_stale_is_told_once_and_kept(apart: bool, tmp_path: Pat
         def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
             step = self.trainer.global_step
             first, second = optimizer.param_groups
-            first["lr"] = 0.1 / 2 ** (step + 1)
-            second["lr"] = 0.2 / (3 if apart else 2) ** (step + 1)
+            first["lr"] = 0.1 / (3 if apart else 2) ** (step + 1)
+            second["lr"] = 0.2 / 2 ** (step + 1)
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            return super().training_step(batch, batch_idx) + self.other.square().sum()
+            return super().training_step(batch, batch_idx) + 0.1 * self.other.square().sum()
 
     monitor = EdgeOfStabilityMonitor(every_n_steps=1)
     with caplog.at_level(logging.INFO):
@@ -622,8 +623,8 @@ def test_why_a_reading_is_stale_is_told_once_and_kept(apart: bool, tmp_path: Pat
     told = [record.getMessage() for record in caplog.records if "not move the verdict" in record.getMessage()]
     if apart:
         assert len(told) == 1
-        assert "from 0.1, 0.2 to 0.05, 0.0667" in told[0]
-        assert "from 0.05, 0.0667 to 0.025, 0.0222" in stepped[1].notes[-1]
+        assert "from 0.1, 0.2 to 0.0333, 0.1" in told[0]
+        assert "from 0.0333, 0.1 to 0.0111, 0.05" in stepped[1].notes[-1]
     else:
         assert told == []
         assert [reading.edge_ratio for reading in stepped] == pytest.approx(

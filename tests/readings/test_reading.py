@@ -334,7 +334,6 @@ NOT_FOLLOWED: dict[str, tuple[str, Callable[[list[Optimizer]], Any]]] = {
     "momentum-of-one-group": ("sgd-groups", set_all("momentum", 0.9, 0.5)),
     "lr-of-one-group": ("sgd-groups", scale_lr(1.0, 2.0)),
     "lr-of-one-optimizer": ("sgd+adam", scale_lr(1.0, 2.0)),
-    "lr-with-decoupled-decay-in-one-group": ("adamw-groups", scale_lr(2.0)),
     "l2": ("heavy-ball-l2", set_all("weight_decay", 0.1)),
     "lr-to-zero": ("sgd-groups", scale_lr(0.0, 1.0)),
     "new-group": ("sgd", lambda os: os[0].add_param_group({"params": [nn.Parameter(torch.ones(1).double())]})),
@@ -352,6 +351,57 @@ def test_other_changes_make_the_reading_stale(name: str) -> None:
     after = before.at(optimizers)
     assert after.stale
     assert after.edge_ratio == before.reading.edge_ratio
+
+
+BOUNDED: dict[str, tuple[str, Callable[[list[Optimizer]], Any]]] = {
+    "lr-with-decoupled-decay-in-one-group": ("adamw-groups", scale_lr(2.0)),
+    "lr-of-groups-nearly-alike": ("sgd-groups", scale_lr(1.5, 1.505)),
+    "lr-of-optimizers-nearly-alike": ("sgd+adam", scale_lr(0.703, 0.7)),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_rates_that_moved_nearly_alike_are_carried_and_the_rest_is_in_the_error(name: str) -> None:
+    setting, change = BOUNDED[name]
+    problem = make("unequal-batches")
+    optimizers = SETTINGS[setting](problem.module)
+    train(problem, optimizers, 40)
+    before = measured(problem, optimizers)
+    change(optimizers)
+    after = before.at(optimizers)
+    assert not after.stale
+    true = float(dense_ratios(problem, optimizers)[0])
+    assert after.edge_ratio == pytest.approx(true, rel=5e-3)  # half of what the bounds may differ by
+    assert after.error is not None
+    assert abs(after.edge_ratio - true) <= after.error
+    assert after.eigenvalues == (after.edge_ratio,)
+
+
+class Apart(nn.Module):
+    """½ Σ h θ² with a parameter each."""
+
+    def __init__(self, *curvatures: float) -> None:
+        super().__init__()
+        self.thetas = nn.ParameterList([nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in curvatures])
+        self.curvatures = curvatures
+
+    def forward(self, batch: Tensor) -> Tensor:
+        terms = [h * theta.square().sum() / 2 for h, theta in zip(self.curvatures, self.thetas, strict=True)]
+        return torch.stack(terms).sum()
+
+
+@pytest.mark.parametrize(("factors", "carried"), [((2.0, 1.0), True), ((0.5, 1.0), False), ((1.0, 2.0), False)])
+def test_a_mode_within_one_group_goes_with_it_where_no_other_can_overtake(
+    factors: tuple[float, float], carried: bool
+) -> None:
+    net = Apart(3.0, 1.0)
+    sgd = SGD([{"params": [p]} for p in net.parameters()], lr=0.1)
+    before = Gauge(Solver(rtol=1e-8)).measure(net, own_loss, ONE, [sgd], step=0, full_batch=True)
+    scale_lr(*factors)([sgd])
+    after = before.at([sgd])
+    assert after.stale is not carried
+    if carried:
+        assert after.edge_ratio == pytest.approx(0.1 * max(3.0 * factors[0], factors[1]) / 2, rel=1e-6)
 
 
 def test_group_without_a_threshold_does_not_move_the_edge_of_the_others() -> None:

@@ -57,6 +57,13 @@ RULES: dict[str, tuple[list[StabilityReading], list[Verdict]]] = {
     "young-then-stable": ([reading(None, None, ready=False), reading(0.3)], [WARMING_UP, STABLE]),
     "no-threshold": ([reading(None, None)], [UNKNOWN]),
     "threshold-lost": ([reading(1.2), reading(None, None)], [EDGE, UNKNOWN]),
+    "always-stale": ([reading(0.3, stale=True)] * 4, [WARMING_UP] * 2 + [UNKNOWN] * 2),
+    "never-converged": ([reading(0.3, converged=False)] * 4, [WARMING_UP] * 2 + [UNKNOWN] * 2),
+    "young-then-always-stale": (
+        [reading(None, None, ready=False)] + [reading(0.3, stale=True)] * 3,
+        [WARMING_UP] * 3 + [UNKNOWN],
+    ),
+    "stale-until-one-is-not": ([reading(0.3, stale=True)] * 2 + [reading(0.3)], [WARMING_UP] * 2 + [STABLE]),
     "unconverged-first": ([reading(0.3, converged=False)], [WARMING_UP]),
     "unconverged-is-passed-over": ([reading(0.3), reading(5.0, converged=False)], [STABLE, STABLE]),
     "stale-is-passed-over": ([reading(0.3), reading(5.0, stale=True)], [STABLE, STABLE]),
@@ -503,3 +510,24 @@ def test_verdicts_are_ordered_by_how_bad_they_are() -> None:
         "DIVERGING",
     ]
     assert [int(v) for v in sorted(Verdict)] == [-1, 0, 1, 2, 3, 4, 5]
+
+
+def test_why_no_reading_counts_is_the_reason() -> None:
+    detector = InstabilityDetector(momentum=0.99)  # would wait for 300 steps
+    why = "stale: after it was measured and before the step the learning rates went apart"
+    for step in range(4):
+        detector.update(step, reading=reading(0.3, stale=True, step=step, notes=("another note", why)))
+        assert why in detector.reason
+    assert detector.verdict is UNKNOWN
+    assert "last 4 readings" in detector.reason
+    copy = InstabilityDetector(momentum=0.99)
+    copy.load_state_dict(json.loads(json.dumps(detector.state_dict())))
+    assert copy.update(4) is UNKNOWN
+    assert copy.reason == detector.reason
+
+
+def test_early_stale_readings_do_not_prolong_the_warm_up() -> None:
+    detector = InstabilityDetector()
+    detector.update(0, reading=reading(0.3, stale=True))
+    assert detector.update(63) is WARMING_UP
+    assert detector.update(64) is UNKNOWN
