@@ -20,16 +20,15 @@ from eos_monitor.curvature.finite_differences import (
 )
 from eos_monitor.curvature.gradient_graph import GradientGraph, flatten
 from eos_monitor.curvature.paths import check_parameters, check_paths, trained_but_unreached, unreached
-from eos_monitor.curvature.precision import Precisions, Widened
-from eos_monitor.curvature.spread import Moments, Spread, spread_of
-from eos_monitor.isolation.batches import batch_size, doubt_about_samples, is_time_first, split_batch
+from eos_monitor.curvature.precision import PrecisionWatch, Widened
+from eos_monitor.curvature.spread import Moments, Spread, parts_of, spread_of
+from eos_monitor.isolation.batches import batch_size, doubt_about_samples, is_time_first
 from eos_monitor.isolation.sandbox import LossFn, Sandbox, Stage, check_loss, preserve_rng
 
 METHODS = ("auto", "double-backward", "fd")
 SumOverRanks = Callable[[Tensor], Tensor]
 
 _OTHER_DRAWS = 8  # of random numbers, in which a parameter is looked for
-_SMALLEST_SLICE = 4  # batch statistics of fewer samples say nothing of those of the whole
 
 
 class HessianOperator:
@@ -117,6 +116,7 @@ class HessianOperator:
         self._reached = [True] * len(self._params)  # by the loss at the last product
         self._gradients = [p.grad if complete else None for p in self._params]  # training's: a loss may set others
         self.step = step
+        self.watch = PrecisionWatch()
         self._entered = False
 
     @property
@@ -221,16 +221,13 @@ class HessianOperator:
             scale: Diagonal of S, ``(n,)`` or ``(1,)``.
             least: Parts that are needed, on each process.
         """
-        slices = -(-least // len(self._batches))
-        split = [split_batch(batch, slices, _SMALLEST_SLICE) if slices > 1 else [batch] for batch in self._batches]
-        parts = [part for pieces in split for part in pieces or ()]
+        parts, sliced, enough = parts_of(self._batches, least)
         weights = [self._batch_size(part) for part in parts]
         # Slices of time are no samples.
-        cut = slices == 1 or (sum(weights) == self.samples and not self._time_first)
-        enough = cut and not any(pieces is None for pieces in split)
+        enough = enough and (not sliced or (sum(weights) == self.samples and not self._time_first))
         # Whole batches add up to the whole by themselves. With several processes all have to take the product.
         whole = None
-        if slices > 1 or self._sum_over_ranks is not None:
+        if sliced or self._sum_over_ranks is not None:
             whole = float((scale * self.matvec(scale * u)).double() @ u.double())
         direction = self._split(scale * u)
 
@@ -254,10 +251,10 @@ class HessianOperator:
         checked = CheckedProduct(
             product=self.matvec(direction),
             gradient=self.gradient,
-            in_double=self._product_in_double,
+            in_double=self.matvec_in_double,
             rounding=8 * max(torch.finfo(p.dtype).eps for p in self._params),  # bfloat16 parameters: 0.06
             error=None if self.method != "fd" else self.step.error if self.step is not None else 0.0,
-            computed=self._precision,
+            computed=self.precision,
         )
         return check_product(checked, direction)
 
@@ -267,14 +264,17 @@ class HessianOperator:
         flags = self._sum(lambda: flags, len(flags), v.dtype) if self._sum_over_ranks else flags
         return v * (flags > 0).repeat_interleave(torch.tensor([p.numel() for p in self._params], device=self.device))
 
-    def _precision(self) -> torch.dtype:
+    def precision(self) -> torch.dtype:
         """Return the least precision that the loss computes in."""
-        precisions = Precisions()
-        with precisions:
-            self.evaluate()
-        return precisions.shortest
+        return self.watch.of(self.evaluate)
 
-    def _product_in_double(self, v: Tensor) -> Tensor:
+    def is_short(self) -> bool:
+        """Whether the loss computes, on some process, in a type that is shorter than float32."""
+        short = float(torch.finfo(self.precision()).bits < 32)
+        return float(self._sum(lambda: torch.full((1,), short, device=self.device), 1, self.dtype)) > 0.0
+
+    def matvec_in_double(self, v: Tensor) -> Tensor:
+        """Return ``H v``, computed in double precision throughout."""
         parts = self._split(v, torch.float64)
 
         def product(i: int) -> Tensor:
@@ -360,7 +360,8 @@ class HessianOperator:
 
     def _record(self, batch: Any, stream: int, *, keep: bool = False) -> GradientGraph:
         aliases = [p.detach().requires_grad_() for p in self._params]
-        loss = self._evaluate(batch, aliases, stream)
+        with self.watch.once():
+            loss = self._evaluate(batch, aliases, stream)
         self._check_paths(loss, aliases)
         graph = GradientGraph(loss, aliases, self._params, self.dtype, self.device)
         if keep:

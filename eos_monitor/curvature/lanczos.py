@@ -44,14 +44,16 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class _Stop:
-    """Residual at which a pair has converged, relative to ``|θ − shift|`` and absolute."""
+    """Residual at which a pair has converged, relative to ``|θ − shift|`` and absolute; and to |θ|, its rounding."""
 
     rtol: float
     atol: float
     shift: float = 0.0
+    reachable: Callable[[], float] | None = None
 
     def tolerances(self, theta: Tensor) -> Tensor:
-        return torch.clamp(self.rtol * (theta - self.shift).abs(), min=self.atol)
+        tolerances = torch.clamp(self.rtol * (theta - self.shift).abs(), min=self.atol)
+        return tolerances if self.reachable is None else torch.maximum(tolerances, self.reachable() * theta.abs())
 
 
 def lanczos(
@@ -145,13 +147,15 @@ def lanczos_recycled(
     generator: torch.Generator,
     budget: int | None = None,
     shift: float = 0.0,
+    reachable: Callable[[], float] | None = None,
     audit: Callable[[Spectrum, bool, float], Audit | None] | None = None,
     share: float = 0.85,
     width: int = 4,
 ) -> Recycled:
     """Solve as :func:`lanczos` does and also return the block ``(n, j)`` to start from at a nearby operator.
 
-    Residuals are relative to ``|θ − shift|``. Without an audit at most ``budget`` products are spent. ``audit`` is
+    Residuals are relative to ``|θ − shift|``. ``reachable``, asked once there are products, gives the residual relative
+    to |θ| below which rounding lets no solve get. Without an audit at most ``budget`` products are spent. ``audit`` is
     asked once the solve has converged, with the spectrum, whether it is within the span of ``block``, and how far its
     own span is from invariant; that is done, and the solve goes on where that brings a larger eigenvalue to light.
     The block returned holds the leading Ritz vectors with ``θᵢ ≥ share · θ₁``: at least k of them and at most
@@ -159,7 +163,7 @@ def lanczos_recycled(
     follows the wrong one.
     """
     basis = Basis(operator, operator.size, _capacity(operator.size, k), generator=generator)
-    stop = _Stop(rtol, atol, shift)
+    stop = _Stop(rtol, atol, shift, reachable)
     spectrum, theta, s = _iterate(basis, block, k, stop, max_matvecs if budget is None else budget)
     wanted = None
     if audit is not None and spectrum.converged and basis.count < basis.n:

@@ -1,7 +1,9 @@
-"""Evaluations in double precision of code that converts to less."""
+"""Evaluations in double precision of code that converts to less, and what precision it has otherwise."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,3 +73,32 @@ class Precisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         self.seen |= {x.dtype for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()}
         return result
+
+
+class PrecisionWatch:
+    """Notes the least precision that a loss computes in, in the first evaluation that it is put around.
+
+    Attributes:
+        shortest: That precision; None before.
+    """
+
+    def __init__(self) -> None:
+        self.shortest: torch.dtype | None = None
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Watch an evaluation, if none was watched before."""
+        if self.shortest is not None:
+            yield
+            return
+        with Precisions() as precisions:
+            yield
+        self.shortest = precisions.shortest
+
+    def of(self, evaluate: Callable[[], object]) -> torch.dtype:
+        """Return what was seen; before anything was, in an evaluation for its sake."""
+        if self.shortest is None:
+            with self.once():
+                evaluate()
+        assert self.shortest is not None
+        return self.shortest

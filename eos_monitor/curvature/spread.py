@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from eos_monitor.isolation.batches import split_batch
+
 _DEVIATION = 0.1  # of the whole; sums over samples are off by the number of slices, 2 and more
+
+_SMALLEST_SLICE = 4  # batch statistics of fewer samples say nothing of those of the whole
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,16 @@ class Moments:
     def give_up(self) -> None:
         """Say that there are too few parts here."""
         self.total[-1] = 1.0
+
+
+def parts_of(batches: Sequence[Any], least: int) -> tuple[list[Any], bool, bool]:
+    """Return the batches, or slices of them where they are fewer than ``least``; whether sliced, and whether all are.
+
+    A batch that cannot be sliced is left out.
+    """
+    slices = -(-least // len(batches))
+    split = [split_batch(batch, slices, _SMALLEST_SLICE) if slices > 1 else [batch] for batch in batches]
+    return [part for pieces in split for part in pieces or ()], slices > 1, all(pieces is not None for pieces in split)
 
 
 def spread_of(total: Tensor, whole: float | None) -> Spread | None:

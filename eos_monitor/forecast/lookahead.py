@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
-import types
-from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from eos_monitor.curvature.norms import quadratic_form
-from eos_monitor.isolation.copies import Copies
+from eos_monitor.forecast.schedule_twin import ScheduleCopies, counters_of, join_alike, kept, numbers
 from eos_monitor.isolation.sandbox import preserve_rng
 from eos_monitor.isolation.twin import as_list
-from eos_monitor.isolation.wrappers import bare_optimizer
 from eos_monitor.limits.edge_scale import Solve, bend
 from eos_monitor.limits.thresholds import critical_curvature
 from eos_monitor.readings.reading import Measurement, common_factor
@@ -131,10 +126,8 @@ class SettingsAhead:
     def __init__(self, schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> None:
         self._schedulers = schedulers
         self._optimizers = as_list(optimizers)
-        self._of: list[Any] = []  # the schedulers that the block is of
-        self._block: list[_State] = []  # one an optimizer step, the first as it was found
-        self._places: dict[Position, int] = {}
-        self._length = 1
+        self._run = _Run()
+        self._run_of_first = _Run(first_only=True)
         self.why_not: str | None = None
 
     def after(self, n: int, position: Position) -> Settings | None:
@@ -150,7 +143,10 @@ class SettingsAhead:
         """
         if n < 0:
             raise ValueError(f"Expected `n` >= 0, got {n}.")
-        live, block, index = self._reach(n, position)
+        position = position.stepping()
+        entries = [scheduled(entry) for entry in self._schedulers]
+        live = _State.live(self._optimizers, entries)
+        block, index = self._reach(self._run, n, position, entries, lambda state: state == live)
         if index + n >= len(block):
             return None
         then = block[index + n]
@@ -166,62 +162,80 @@ class SettingsAhead:
     def rates(self, n: int, position: Position) -> list[float]:
         """Return the first learning rates after 1 … ``n`` more optimizer steps, as far as they are known.
 
+        Whether other groups are where they were foreseen is left to :meth:`after`: this is asked at every step, and
+        there may be many groups.
+
         Args:
             n: Optimizer steps.
             position: As for :meth:`after`.
         """
-        _, block, index = self._reach(n, position)
-        rates = (
-            next((group["lr"] for groups in state.groups for group in groups if "lr" in group), None)
-            for state in block[index + 1 : index + n + 1]
-        )
-        return [float(rate) for rate in rates if rate is not None]
-
-    def _reach(self, n: int, position: Position) -> tuple[_State, list[_State], int]:
-        """Return the live state, and a run of states of which that one is at the index, ``n`` beyond it if known."""
         position = position.stepping()
         entries = [scheduled(entry) for entry in self._schedulers]
-        live = _State.of(self._optimizers, [entry.scheduler for entry in entries])
-        index = self._find(position, live, entries)
+        why_not = _why_not(entries, position)
+        if why_not is not None:
+            self.why_not = why_not
+            return []
+        counters = _all_counters(entries)
+        rate = next(iter(_rates(self._optimizers)), None)
+        block, index = self._reach(
+            self._run_of_first,
+            n,
+            position,
+            entries,
+            lambda state: state.counters == counters and state.first_rate == rate,
+        )
+        rates = (state.first_rate for state in block[index + 1 : index + n + 1])
+        return [rate for rate in rates if rate is not None]
+
+    def _reach(
+        self, run: _Run, n: int, position: Position, entries: Sequence[Any], is_live: Callable[[_State], bool]
+    ) -> tuple[list[_State], int]:
+        """Return a run of states and the index of the live one in it, ``n`` beyond which there are if known."""
+        index = self._find(run, position, entries, is_live)
         if index is None:
-            self._length = 1  # settings made by hand at each step must not cost a long run each
-        elif index + n >= len(self._block) and self.why_not is None:
-            self._length = min(_LONGEST, 2 * self._length)
+            run.length = 1  # settings made by hand at each step must not cost a long run each
+        elif index + n >= len(run.block) and run.why_not is None:
+            run.length = min(_LONGEST, 2 * run.length)
             index = None
         if index is None:
-            self._predict(position, live, entries, max(n, self._length))
+            self._predict(run, position, entries, max(n, run.length))
             index = 0
-        return live, self._block, index
+        self.why_not = run.why_not
+        return run.block, index
 
-    def _find(self, position: Position, live: _State, entries: Sequence[Any]) -> int | None:
+    def _find(
+        self, run: _Run, position: Position, entries: Sequence[Any], is_live: Callable[[_State], bool]
+    ) -> int | None:
         of = [entry.scheduler for entry in entries]
-        if len(of) != len(self._of) or any(a is not b for a, b in zip(of, self._of, strict=True)):
+        if len(of) != len(run.of) or any(a is not b for a, b in zip(of, run.of, strict=True)):
             return None
-        index = self._places.get(position)
-        return index if index is not None and self._block[index] == live else None
+        index = run.places.get(position)
+        return index if index is not None and is_live(run.block[index]) else None
 
-    def _predict(self, position: Position, live: _State, entries: Sequence[Any], steps: int) -> None:
-        self._of = [entry.scheduler for entry in entries]
-        self._block = [live]
-        self._places = {position: 0}
-        self.why_not = _why_not(entries, position)
-        if self.why_not is not None:
+    def _predict(self, run: _Run, position: Position, entries: Sequence[Any], steps: int) -> None:
+        run.of = [entry.scheduler for entry in entries]
+        run.block = [_State.live(self._optimizers, entries)]
+        run.places = {position: 0}
+        run.why_not = _why_not(entries, position)
+        if run.why_not is not None:
             return
         try:
             with preserve_rng():
-                copies = _ScheduleCopies({})
+                copies = ScheduleCopies({})
                 twins = [copies.of(entry.scheduler) for entry in entries]
                 optimizers = [copies.of(optimizer) for optimizer in self._optimizers]
+                members = [join_alike(optimizer, twins, run.first_only) for optimizer in optimizers]
                 for _ in range(steps):
                     for interval in ("step", "epoch"):
                         for entry, twin in zip(entries, twins, strict=True):
                             if entry.interval == interval and position.moves(entry):
                                 twin.step()
                     position = position.following()
-                    self._places[position] = len(self._block)
-                    self._block.append(_State.of(optimizers, twins))
+                    run.places[position] = len(run.block)
+                    groups = [[kept(group) for group in optimizer.param_groups] for optimizer in optimizers]
+                    run.block.append(_State(groups, [counters_of(twin) for twin in twins], members))
         except Exception as error:  # whatever a scheduler of the user's raises must not end the run now
-            self.why_not = f"A scheduler cannot be stepped further: {error}"
+            run.why_not = f"A scheduler cannot be stepped further: {error}"
 
 
 def edge_ratio_at(
@@ -259,40 +273,72 @@ def edge_ratio_at(
     return None if solve is None else solve(there)[0]
 
 
-@dataclass(frozen=True)
-class _State:
-    """What can be compared between the live schedulers and the twin."""
+@dataclass
+class _Run:
+    """States that a twin went through, as many at once as the live settings have followed so far.
 
-    groups: list[list[dict[str, Any]]]
-    counters: list[Any]
+    Attributes:
+        first_only: Whether nothing but the first learning rate is wanted, so that other groups may be left out.
+        of: The schedulers that it is of.
+        block: The states, one an optimizer step, the first as it was found.
+        places: The index of each position.
+        length: States that the next one is to have.
+        why_not: Why it does not go on, in words; None if nothing is in the way.
+    """
+
+    first_only: bool = False
+    of: list[Any] = field(default_factory=list)
+    block: list[_State] = field(default_factory=list)
+    places: dict[Position, int] = field(default_factory=dict)
+    length: int = 1
+    why_not: str | None = None
+
+
+class _State:
+    """What can be compared between the live schedulers and the twin.
+
+    Args:
+        groups: For each optimizer, the settings of its groups.
+        counters: Of the schedulers.
+        members: For each optimizer, which of ``groups`` stands for each group that there is.
+    """
+
+    def __init__(self, groups: list[list[dict[str, Any]]], counters: list[Any], members: list[list[int]]) -> None:
+        self.counters = counters
+        self._groups = groups
+        self._members = members
 
     @staticmethod
-    def of(optimizers: Sequence[Optimizer], schedulers: Sequence[Any]) -> _State:
-        groups = [[_numbers(group) for group in optimizer.param_groups] for optimizer in optimizers]
-        return _State(groups, [_counters(scheduler) for scheduler in schedulers])
+    def live(optimizers: Sequence[Optimizer], entries: Sequence[Any]) -> _State:
+        """Return the state of the moment."""
+        groups = [[numbers(group) for group in optimizer.param_groups] for optimizer in optimizers]
+        return _State(groups, _all_counters(entries), [list(range(len(one))) for one in groups])
+
+    @cached_property
+    def groups(self) -> list[list[dict[str, Any]]]:
+        """For each optimizer, the numbers among the settings of each group."""
+        plain = [[numbers(group) for group in groups] for groups in self._groups]
+        return [[groups[i] for i in indices] for groups, indices in zip(plain, self._members, strict=True)]
+
+    @property
+    def first_rate(self) -> float | None:
+        """The first learning rate; that which stands for the first group that has one is the first, too."""
+        rates = (group["lr"] for groups in self._groups for group in groups if group.get("lr") is not None)
+        rate = next(rates, None)
+        return None if rate is None else float(rate)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _State) and self.counters == other.counters and self.groups == other.groups
+
+    __hash__ = None  # type: ignore[assignment]
 
 
-def _numbers(group: dict[str, Any]) -> dict[str, Any]:
-    numbers = {}
-    for key, value in group.items():
-        kind = type(value)
-        # Nearly all there is, asked first: this runs for each group at each step.
-        if kind is float or kind is bool or kind is int:
-            numbers[key] = value
-        elif value is not None and key not in ("params", "param_names"):
-            several = isinstance(value, (tuple, list))
-            plain = [
-                float(x) if isinstance(x, Tensor) and x.numel() == 1 else x for x in (value if several else (value,))
-            ]
-            if all([isinstance(x, (int, float)) for x in plain]):
-                numbers[key] = tuple(plain) if several else plain[0]
-    return numbers
+def _rates(optimizers: Sequence[Optimizer]) -> Iterator[float]:
+    return (float(g["lr"]) for optimizer in optimizers for g in optimizer.param_groups if g.get("lr") is not None)
 
 
-def _counters(scheduler: Any) -> list[Any]:
-    own = vars(scheduler)
-    nested = [_counters(scheduler) for scheduler in own.get("_schedulers", ())]
-    return [own.get("last_epoch"), own.get("_step_count"), own.get("T_cur"), own.get("T_i"), *nested]
+def _all_counters(entries: Sequence[Any]) -> list[Any]:
+    return [counters_of(entry.scheduler) for entry in entries]
 
 
 def _why_not(entries: Sequence[Any], position: Position) -> str | None:
@@ -303,71 +349,3 @@ def _why_not(entries: Sequence[Any], position: Position) -> str | None:
         if entry.interval == "epoch" and position.batches == math.inf:
             return f"{name} is stepped at the end of an epoch whose length is not known."
     return None
-
-
-class _ScheduleCopies(Copies):
-    """Copies of what a schedule can change by being stepped.
-
-    Not by copy.deepcopy: it keeps functions with their closures, and follows a bound method to the whole module.
-    """
-
-    def _other(self, value: Any) -> Any:
-        if isinstance(value, nn.Module):
-            return value
-        if isinstance(value, Optimizer):
-            return self._optimizer(value)
-        if isinstance(value, (list, dict, deque)):  # subclasses
-            return self._container(value)
-        if isinstance(value, set):
-            return copy.copy(value)
-        if isinstance(value, types.FunctionType):
-            return self._function(value)
-        if isinstance(value, types.MethodType):
-            return types.MethodType(value.__func__, self.of(value.__self__))
-        if isinstance(value, functools.partial):
-            return functools.partial(self.of(value.func), *self.of(value.args), **self.of(value.keywords))
-        if hasattr(value, "__dict__") and (isinstance(value, LRScheduler) or callable(value) or hasattr(value, "step")):
-            duplicate = copy.copy(value)
-            self._memo[id(value)] = duplicate
-            duplicate.__dict__.update({key: self.of(item) for key, item in vars(value).items()})
-            return duplicate
-        return value
-
-    def _optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Return an optimizer of the same class with the same settings, no parameters, and no state."""
-        bare = bare_optimizer(optimizer)
-        if bare is not optimizer:  # a scheduler may have been given the wrapper
-            return self.of(bare)  # type: ignore[no-any-return]
-        twin = type(optimizer).__new__(type(optimizer))
-        self._memo[id(optimizer)] = twin
-
-        def step() -> None:
-            """Schedulers look whether the optimizer's step is wrapped and was called."""
-
-        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-        twin.__dict__.update(
-            defaults=self.of(optimizer.defaults),
-            state=defaultdict(dict),
-            param_groups=[
-                {key: [] if key == "params" else self.of(item) for key, item in group.items()}
-                for group in optimizer.param_groups
-            ],
-            step=step,
-            _opt_called=True,
-        )
-        return twin
-
-    def _function(self, function: types.FunctionType) -> types.FunctionType:
-        cells = function.__closure__ or ()
-        fresh = tuple(self._memo.setdefault(id(cell), types.CellType()) for cell in cells)
-        duplicate = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, fresh)
-        self._memo[id(function)] = duplicate  # before what it holds: a function can be in its own closure
-        duplicate.__defaults__ = self.of(function.__defaults__)
-        duplicate.__kwdefaults__ = self.of(function.__kwdefaults__)
-        duplicate.__dict__.update(self.of(vars(function)))
-        for cell, new in zip(cells, fresh, strict=True):
-            try:
-                new.cell_contents = self.of(cell.cell_contents)
-            except ValueError:  # a name that is not bound yet
-                continue
-        return duplicate

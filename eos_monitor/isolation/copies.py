@@ -7,6 +7,8 @@ import functools
 import random
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from eos_monitor.isolation.counters import Counters, duplicate
+from eos_monitor.isolation.journal import FilledFirst, Journal, is_long
 from eos_monitor.isolation.referents import held_by, is_library
 
 _CONSTANTS = (bool, int, float, str, bytes, type)
+_CONSTANT_TYPES = frozenset({bool, int, float, str, bytes, type(None)})
 _CONTAINERS = (list, deque, dict, OrderedDict, defaultdict, Counter)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
@@ -30,15 +34,23 @@ class Copies:
         memo: What stands for an object, by its ``id``, in place of a copy; what is copied is entered.
         dtype: Floating-point type of the tensors; None leaves theirs.
         counters: Tells which objects are plain; one's own by default.
+        put_off: Whether long lists are copied when they are looked at, to be used within :meth:`in_use`.
     """
 
     def __init__(
-        self, memo: dict[int, Any], dtype: torch.dtype | None = None, counters: Counters | None = None
+        self,
+        memo: dict[int, Any],
+        dtype: torch.dtype | None = None,
+        counters: Counters | None = None,
+        *,
+        put_off: bool = False,
     ) -> None:
         self._memo = memo
         self._dtype = dtype
         self._counters = counters or Counters()
         self._parameters = frozenset(memo)
+        self._put_off = put_off
+        self._journals: list[Journal] = []
 
     def of(self, value: Any) -> Any:
         """Return the copy of a value."""
@@ -72,9 +84,28 @@ class Copies:
             return copy.deepcopy(value)
         return self._other(value)
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Copy what was put off when it is looked at, and let go of everything else at the end."""
+        try:
+            with FilledFirst() if self._journals else nullcontext():
+                yield
+        finally:
+            # A backward that recomputes may still look. Copies of its own, or each journal would keep the memo alive.
+            for journal in self._journals:
+                journal.entrust(Copies({}, self._dtype).of)
+            self._journals = []
+
     def _container(self, value: Any) -> Any:
+        if self._put_off and type(value) is list and is_long(value):
+            journal = Journal(value, self.of)
+            self._journals.append(journal)
+            return journal
         duplicate = copy.copy(value)
         self._memo[id(value)] = duplicate  # before its items, so that cycles end
+        items = value.values() if hasattr(value, "values") else value
+        if _CONSTANT_TYPES.issuperset(map(type, items)):
+            return duplicate
         # An index is the key of a list or deque.
         for key, item in value.items() if hasattr(value, "items") else enumerate(value):
             duplicate[key] = self.of(item)

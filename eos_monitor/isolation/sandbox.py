@@ -140,7 +140,7 @@ class Sandbox:
         memo |= {id(live): stand_in for live, stand_in in parameters.items()}
         for live in {*self._parameters, *parameters}:
             vars(memo[id(live)]).update(vars(live))  # muP's shapes, and whatever else hangs on a parameter
-        copies = Copies(memo, dtype, self._counters)
+        copies = Copies(memo, dtype, self._counters, put_off=True)
         for module, original in self._originals:
             _replace_attributes(module, {name: copies.of(value) for name, value in original.items()})
         for module, _ in self._originals:
@@ -151,11 +151,13 @@ class Sandbox:
             module.__dict__.update(forward)
         seed_everything(self._seed + stream)
         inputs = map_batch(clone_batch(batch), lambda x: cast(x, dtype))
+        function = copies.where_needed(loss_fn)  # its own journals, if any, too
         with ExitStack() as stack:
             stack.enter_context(without_exchange() if self._alone else nullcontext())
+            stack.enter_context(copies.in_use())
             for kind, short in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype=short))
-            loss: Tensor = copies.where_needed(loss_fn)(self._module, inputs)
+            loss: Tensor = function(self._module, inputs)
         return loss
 
     def stage(self) -> Stage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -54,6 +55,7 @@ class EdgeOperator:
     Args:
         hessian: Products with H.
         curvature: C and W, and the sign of H.
+        reachable: What :meth:`reachable` returns; nothing stops a solve by default.
 
     Attributes:
         scale: C^-½, ``(n,)`` or ``(1,)``; 0 where there is no threshold.
@@ -61,15 +63,20 @@ class EdgeOperator:
         dimension: Number of those coordinates.
         floor: Largest eigenvalue of the decay alone, C^-½ W C^-½.
         shift: The floor where W and C are multiples of the identity, so that it is in every eigenvalue; else 0.
-        rounding: Relative rounding of the parameters.
     """
 
-    def __init__(self, hessian: HessianOperator, curvature: CriticalCurvature) -> None:
+    def __init__(
+        self,
+        hessian: HessianOperator,
+        curvature: CriticalCurvature,
+        reachable: Callable[[EdgeOperator], float] | None = None,
+    ) -> None:
         assert curvature.c is not None
         self.size = hessian.size
         self.dtype = hessian.dtype
         self.device = hessian.device
         self.hessian = hessian
+        self._reachable = reachable
         self._sign = curvature.sign
         c = shortened(curvature.c.to(hessian.device))
         l2 = shortened(curvature.l2.to(hessian.device, hessian.dtype))
@@ -78,8 +85,6 @@ class EdgeOperator:
         if least < _DEAD * most:
             # Dead units leave Adam's c near zero; so does the curvature there, and the floor keeps 0/0 out.
             c = c.clamp(min=_DEAD * float(c[torch.isfinite(c)].median()))
-        # With bfloat16 parameters no residual gets below some 3e-4, a 25th of their rounding.
-        self.rounding = max(torch.finfo(p.dtype).eps for p in curvature.params)
         self.scale = c.rsqrt().to(hessian.dtype)  # (n,) or (1,); 0 where c is infinite
         self._l2 = l2 if bool(l2.any()) else None
         self.dimension = self.size if self.mask is None else int(self.mask.sum())
@@ -88,8 +93,19 @@ class EdgeOperator:
 
     def matvec(self, u: Tensor) -> Tensor:
         """Return the product with ``u``, ``(n,)``."""
+        return self._product(u, self.hessian.matvec)
+
+    def exact_product(self, u: Tensor) -> Tensor:
+        """Return the product with ``u``, ``(n,)``, in double precision throughout."""
+        return self._product(u.double(), self.hessian.matvec_in_double)
+
+    def reachable(self) -> float:
+        """Return the residual, relative to an eigenvalue, below which rounding lets no solve get."""
+        return 0.0 if self._reachable is None else self._reachable(self)
+
+    def _product(self, u: Tensor, matvec: Callable[[Tensor], Tensor]) -> Tensor:
         v = self.scale * u
-        product = self.hessian.matvec(v)
+        product = matvec(v)
         if self._sign < 0:
             product = -product
         if self._l2 is not None:
@@ -178,7 +194,7 @@ class WarmSolver:
         warm = block is not None and block.shape[0] == operator.size
         start = self._random.vector(operator) if block is None or not warm else block.to(operator.device)
         start = start.reshape(operator.size, -1)
-        tight = min(rtol, max(_COLD_RTOL, operator.rounding / 8))
+        tight = min(rtol, _COLD_RTOL)
         step = operator.hessian.step
         # No residual gets below the error of the products; beyond `rtol` that is no excuse.
         tolerance = max(_WARM_SHARE * rtol if warm else tight, min(2 * step.error, rtol) if step else 0.0)
@@ -189,6 +205,7 @@ class WarmSolver:
             rtol=tolerance,
             atol=max(_ATOL, _CANCELLATION * abs(operator.shift)),
             shift=operator.shift,
+            reachable=operator.reachable,
             max_matvecs=self._settings.max_matvecs,
             generator=self._random.generator,
             audit=lambda spectrum, inside, leak: self._audit(operator, spectrum, inside, leak, start if warm else None),
@@ -198,8 +215,10 @@ class WarmSolver:
         self.solves += 1
         self.matvecs += found.spectrum.matvecs
         spectrum = found.spectrum
-        if found.open > max(rtol * abs(float(spectrum.eigenvalues[-1])), _ATOL):
-            spectrum = replace(spectrum, converged=False)  # something that matters may have been missed
+        # What rounding, or what was never seen, leaves open must not matter.
+        missed = found.open > max(rtol * abs(float(spectrum.eigenvalues[-1])), _ATOL)
+        if missed or operator.reachable() > rtol:
+            spectrum = replace(spectrum, converged=False)
         return Solution(operator, spectrum, found.open)
 
     def _audit(

@@ -23,6 +23,7 @@ from eos_monitor.readings.edge_solver import AUDIT_EVERY, EdgeOperator, Solution
 from eos_monitor.readings.own_edges import OwnEdges
 from eos_monitor.readings.products import CheckedProducts, check_products
 from eos_monitor.readings.reading import Measurement, OwnEdge, StabilityReading
+from eos_monitor.readings.rounding import Rounding
 from eos_monitor.readings.settings import Solver
 from eos_monitor.readings.state_gauges import with_state_gauges
 from eos_monitor.readings.subject import Subject
@@ -52,6 +53,8 @@ class Gauge:
         self._raw_solver = WarmSolver(1, solver, self._random)
         self._products: CheckedProducts | None = None  # of the first reading that needs any
         self._checked: tuple[int, ...] = ()  # the parameters that they were checked with
+        self._rounding = Rounding()
+        self._raw_rounding = Rounding()
         self._sampling = SamplingError()
         self._edges = 0  # readings of a sample with a positive edge
         self._step: FiniteDifferenceStep | None = None
@@ -93,6 +96,10 @@ class Gauge:
         if trained != self._checked:  # thawed layers have never been looked at
             self._checked = trained
             self._products = None
+            self._rounding = Rounding()
+            self._raw_rounding = Rounding()
+        self._rounding.follow(operator)
+        self._raw_rounding.follow(operator)
         reading = StabilityReading(
             step=step,
             loss=None,
@@ -115,7 +122,15 @@ class Gauge:
                 self._products = self._products or check_products(operator, v)
             loss = operator.loss if operator.loss is not None else operator.evaluate()
             self._step = operator.step
-        notes = _notes(curvature, operator, _own_note(own), self.check_note, self._sampling.note, operator.doubt)
+        notes = _notes(
+            curvature,
+            operator,
+            _own_note(own),
+            self.check_note,
+            self._rounding.note,
+            self._sampling.note,
+            operator.doubt,
+        )
         reading = replace(reading, loss=loss, notes=notes)
         if curvature.ready and not self.products_are_wrong:
             without = bool(curvature.without_threshold)
@@ -136,11 +151,13 @@ class Gauge:
         if self._products.wrong:
             return replace(reading, matvecs=solution.spectrum.matvecs), None
         self.modes = solution.modes
+        self._rounding.weigh(solution)
         if not reading.full_batch:
             self._sampling = self._sampling_error(solution)
         sampling = 0.0 if reading.full_batch else self._sampling.at(solution.top)
         scale, matvecs = self._edge_scale(solution, mode, curvature, optimizers)
-        return _with_numbers(reading, solution, curvature, sampling, scale, matvecs), mode
+        rounding = self._rounding.error * abs(solution.top)
+        return _with_numbers(reading, solution, curvature, rounding, sampling, scale, matvecs), mode
 
     def _solve(
         self, operator: HessianOperator, curvature: CriticalCurvature, subject: Subject
@@ -149,10 +166,12 @@ class Gauge:
         if operator.method == "fd" and operator.step is None:
             operator.calibrate(self._random.vector(operator))
         if isinstance(subject.loss_fn, PartedLoss):
-            found = self._own_edges.solve(operator, curvature, subject.optimizers, subject.loss_fn.names)
+            found = self._own_edges.solve(
+                operator, curvature, subject.optimizers, subject.loss_fn.names, self._rounding.reachable
+            )
             self._edge_solver = found.solver
             return found.solution, found.edges
-        return self._edge_solver.asked(EdgeOperator(operator, curvature)), ()
+        return self._edge_solver.asked(EdgeOperator(operator, curvature, self._rounding.reachable)), ()
 
     def _sampling_error(self, solution: Solution) -> SamplingError:
         """Return the error of the probe being a sample: the last one, but once in ten solves, as it changes slowly."""
@@ -171,7 +190,7 @@ class Gauge:
         solver = WarmSolver(1, self._settings, self._random, self._edge_solver.block)
 
         def solve(there: CriticalCurvature) -> tuple[float, Tensor]:
-            again = solver.solve(EdgeOperator(solution.operator.hessian, there))
+            again = solver.solve(EdgeOperator(solution.operator.hessian, there, self._rounding.known))
             return again.top, again.mode
 
         scale = edge_scale(solution.top, mode, curvature, optimizers, solve, self._settings.rtol)
@@ -182,7 +201,9 @@ class Gauge:
     ) -> StabilityReading:
         """Add λ_max(H) from a solve of its own."""
         raw = EdgeOperator(
-            operator, replace(curvature, c=torch.ones_like(curvature.l2), l2=torch.zeros_like(curvature.l2))
+            operator,
+            replace(curvature, c=torch.ones_like(curvature.l2), l2=torch.zeros_like(curvature.l2)),
+            self._raw_rounding.reachable,
         )
         spectrum = self._raw_solver.solve(raw).spectrum
         self._products = self._products or check_products(
@@ -267,11 +288,12 @@ def _with_numbers(
     reading: StabilityReading,
     solution: Solution,
     curvature: CriticalCurvature,
+    rounding: float,
     sampling: float | None,
     scale: float | None,
     scale_matvecs: int,
 ) -> StabilityReading:
-    """Add what follows from an edge's solution, its sampling error, and the scale and its products."""
+    """Add what follows from an edge's solution, the errors of rounding and sampling, and the scale and its products."""
     r = solution.top
     spectrum = solution.spectrum
     residual = float(spectrum.residuals[0])
@@ -279,7 +301,7 @@ def _with_numbers(
         reading,
         edge_ratio=r,
         eigenvalues=tuple(spectrum.eigenvalues.tolist()),
-        error=math.hypot(residual, solution.open, sampling or 0.0),
+        error=math.hypot(max(residual, rounding), solution.open, sampling or 0.0),
         sampling_error=sampling,
         residual=residual / abs(r) if r else 0.0,
         threshold=curvature.threshold,

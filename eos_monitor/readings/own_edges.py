@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,6 +52,7 @@ class OwnEdges:
         curvature: CriticalCurvature,
         optimizers: Sequence[Optimizer],
         names: Sequence[str],
+        reachable: Callable[[EdgeOperator], float],
     ) -> OwnSolution:
         """Return the edges, of at least one optimizer.
 
@@ -60,6 +61,7 @@ class OwnEdges:
             curvature: Critical curvature of all their parameters.
             optimizers: The optimizers.
             names: What they are called.
+            reachable: Relative residual that a solve can get to.
         """
         assert curvature.c is not None
         found: list[tuple[OwnEdge, Solution, WarmSolver]] = []
@@ -71,7 +73,7 @@ class OwnEdges:
             c[start:stop] = curvature.c[start:stop]
             if bool(torch.isfinite(c).any()):
                 solver = self._solver(i)
-                solution = solver.asked(EdgeOperator(operator, replace(curvature, c=c)))
+                solution = solver.asked(EdgeOperator(operator, replace(curvature, c=c), reachable))
                 found.append((OwnEdge(names[i], solution.top, start, stop), solution, solver))
         found.sort(key=lambda one: -one[0].ratio)
         _, nearest, solver = found[0]

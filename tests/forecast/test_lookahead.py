@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -256,6 +257,67 @@ def test_one_twin_serves_many_steps(name: str, monkeypatch: pytest.MonkeyPatch) 
         assert predicted(settings[0], now) == live_settings(optimizer)
     # Runs of 1, 2, 4, 8, 16, 32, 64 steps cover 127; each starts one step before the one before it ends.
     assert len(built) <= 8
+
+
+MANY = {
+    "one-cycle": lambda opt: torch_schedulers.OneCycleLR(opt, [0.1 * (1 + i % 3) for i in range(12)], total_steps=300),
+    "cosine": lambda opt: torch_schedulers.CosineAnnealingLR(opt, T_max=50),
+    "sequential": lambda opt: torch_schedulers.SequentialLR(
+        opt, [torch_schedulers.LinearLR(opt, 0.1, total_iters=5), torch_schedulers.StepLR(opt, 3)], milestones=[5]
+    ),
+    "lambda": lambda opt: torch_schedulers.LambdaLR(
+        opt, [functools.partial(pow, 0.9 + 0.01 * (i % 3)) for i in range(12)]
+    ),
+}
+
+
+def many_groups(groups: int) -> Adam:
+    """Three kinds of groups that take turns."""
+    return Adam([{"params": [nn.Parameter(torch.ones(1))], "lr": 0.1 * (1 + i % 3)} for i in range(groups)])
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_groups_that_are_scheduled_alike_are_each_foreseen(name: str) -> None:
+    optimizer = many_groups(12)
+    scheduler = MANY[name](optimizer)
+    ahead = SettingsAhead([scheduler], [optimizer])
+    for step in range(40):
+        settings = ahead.after(1, Position(step))
+        rates = ahead.rates(3, Position(step))
+        now = live_settings(optimizer)
+        if step == 20:
+            optimizer.param_groups[4]["weight_decay"] = 0.01  # no longer like the others
+            continue
+        assert settings is not None
+        train(optimizer)
+        scheduler.step()
+        assert predicted(settings[0], now) == live_settings(optimizer)
+        assert rates[0] == optimizer.param_groups[0]["lr"]
+
+
+def test_looking_ahead_at_each_step_does_not_grow_with_the_groups() -> None:
+    """In calls of Python functions, which are the same in each run."""
+
+    def calls(groups: int) -> int:
+        optimizer = many_groups(groups)
+        rates = [0.1 * (1 + i) for i in range(groups)]  # all of them different
+        scheduler = torch_schedulers.OneCycleLR(optimizer, rates, total_steps=1000)
+        ahead = SettingsAhead([scheduler], [optimizer])
+        count = 0
+
+        def called(frame: Any, event: str, argument: Any) -> None:
+            nonlocal count
+            count += event == "call"
+
+        for step in range(150):
+            sys.setprofile(called)
+            ahead.rates(8, Position(step))
+            sys.setprofile(None)
+            train(optimizer)
+            scheduler.step()
+        return count
+
+    assert calls(40) < 2 * calls(2)  # copies of the groups, every 64 steps, and not each group at each step
 
 
 def test_several_optimizers_each_have_their_schedule() -> None:

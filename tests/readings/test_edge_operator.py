@@ -70,7 +70,6 @@ def test_products_are_those_of_the_dense_matrix(sign: int) -> None:
     assert edge.dimension == N
     assert edge.floor == pytest.approx(np.max(W / C))
     assert edge.shift == 0.0
-    assert edge.rounding == pytest.approx(2.0**-52)
 
 
 def test_a_common_decay_is_in_every_eigenvalue() -> None:
@@ -102,11 +101,6 @@ def test_a_dead_unit_counts_as_a_billionth_of_a_thousandth_of_the_median(least: 
     edge = edge_of(np.eye(N), c)
     assert float(edge.scale[0]) == pytest.approx(expected**-0.5)
     assert float(edge.scale[1]) == 1.0
-
-
-def test_rounding_is_that_of_the_parameters() -> None:
-    assert edge_of(symmetric(), C, dtype=torch.bfloat16).rounding == pytest.approx(2.0**-7)
-    assert edge_of(symmetric(), C, dtype=torch.float32).rounding == pytest.approx(2.0**-23)
 
 
 def test_modes_are_in_parameter_space() -> None:
