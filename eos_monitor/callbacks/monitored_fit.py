@@ -19,7 +19,7 @@ from eos_monitor.callbacks.monitor_settings import MonitorSettings
 from eos_monitor.callbacks.observer import Observer, Observers, WatchedFit
 from eos_monitor.callbacks.outputs import RunOutputs
 from eos_monitor.callbacks.pending_reading import PendingReading
-from eos_monitor.callbacks.schedulers import TrainerSchedulers
+from eos_monitor.callbacks.schedulers import TrainerSchedulers, steps_ahead
 from eos_monitor.callbacks.step_gradient import StepGradient
 from eos_monitor.callbacks.step_window import StepWindow, step_of
 from eos_monitor.callbacks.trainer_gauge import TrainerGauge, first_double_backward
@@ -130,6 +130,8 @@ class MonitoredFit:
         owner.tell_name(self._outputs.say)
         self._outputs.layout()
         engine.changed = self._announce
+        engine.tell = self._outputs.say
+        engine.expected_steps = steps_ahead(trainer)
         self._gauge = TrainerGauge(
             trainer,
             pl_module,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,3 +69,9 @@ class TrainerSchedulers:
 
 def _position(trainer: Any, batch_idx: int) -> Position:
     return Position(batch_idx, trainer.current_epoch, trainer.num_training_batches, trainer.accumulate_grad_batches)
+
+
+def steps_ahead(trainer: Any) -> int | None:
+    """Return the optimizer steps that the Trainer will take; None if nobody knows."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if math.isfinite(steps) else None

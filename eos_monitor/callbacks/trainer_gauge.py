@@ -69,7 +69,9 @@ class TrainerGauge:
     def collect(self, batch: Any, batch_idx: int) -> None:
         """Offer a training batch to the probe."""
         samples = self._engine.samples
-        if not samples.full:
+        if samples.seen == 0 and not self._sees_all_in_a_step():
+            self._engine.start_small()
+        if samples.collecting:
             if self._trainer.current_epoch > 0 and batch_idx == 0:
                 samples.close()  # the first epoch had fewer samples than were asked for
             self._engine.collect(batch)
@@ -149,12 +151,18 @@ class TrainerGauge:
             return told
         samples = self._engine.samples
         batches = self._trainer.num_training_batches
-        if not same_data_each_epoch(self._trainer.train_dataloader, batches):
-            return False
-        one_step_an_epoch = batches == 1 or self._trainer.accumulate_grad_batches >= batches
         if samples.kind == "batch":
-            return bool(batches == 1)
-        return bool(one_step_an_epoch and samples.kind == "fixed" and samples.seen == batches and samples.whole)
+            return bool(batches == 1) and self._sees_all_in_a_step()
+        collected = samples.kind == "fixed" and samples.seen == batches and samples.complete
+        return bool(collected and self._sees_all_in_a_step())
+
+    def _sees_all_in_a_step(self) -> bool:
+        """Whether an epoch is one step, and every epoch of the same data; or whether that is what the user told."""
+        if self._settings.probe.full_batch is not None:
+            return self._settings.probe.full_batch
+        batches = self._trainer.num_training_batches
+        one_step_an_epoch = batches == 1 or self._trainer.accumulate_grad_batches >= batches
+        return bool(one_step_an_epoch) and same_data_each_epoch(self._trainer.train_dataloader, batches)
 
 
 def same_data_each_epoch(loader: Any, batches: int) -> bool:

@@ -10,6 +10,7 @@ the λ at which it reaches 1 / (vᵀz)² bounds all eigenvalues of which z has t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,8 +51,8 @@ class Audit:
         return float(theta[min(k, len(theta)) - 1]) + max(self.rtol * float(theta[0].abs()), self.atol)
 
 
-def look_beyond(basis: Basis, audit: Audit, k: int) -> tuple[float, int]:
-    """Add the Krylov space of the audit's vector to a basis that holds k converged pairs.
+def look_beyond(basis: Basis, audit: Audit, k: int, late: Callable[[], bool] | None = None) -> tuple[float, int]:
+    """Add the Krylov space of the audit's vector to a basis that holds k converged pairs, until the time is up.
 
     Returns:
         The largest eigenvalue that there may be, if z has its typical share of it; −∞ if there is no other. And the
@@ -61,7 +62,7 @@ def look_beyond(basis: Basis, audit: Audit, k: int) -> tuple[float, int]:
     direction = audit.start
     bound = math.inf
     spent = 0
-    while basis.count < basis.capacity and spent < audit.most:
+    while basis.count < basis.capacity and spent < audit.most and not (late is not None and late()):
         if not basis.add(direction):
             return -math.inf, spent
         spent += 1

@@ -20,6 +20,8 @@ from eos_monitor.curvature.basis import Basis, dimension_of
 from eos_monitor.curvature.norms import length_of
 
 _MAX_BASIS = 20
+# Products of a solve whose time is up: fewer would end where the next one begins.
+_LEAST_PRODUCTS = 3
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,24 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class _Stop:
-    """Residual at which a pair has converged, relative to ``|θ − shift|`` and absolute; and to |θ|, its rounding."""
+    """When to stop.
+
+    A pair has converged at a residual relative to ``|θ − shift|``, at an absolute one, or at that which rounding lets
+    it reach, relative to |θ|. And the time for products may be up.
+    """
 
     rtol: float
     atol: float
     shift: float = 0.0
     reachable: Callable[[], float] | None = None
+    late: Callable[[], bool] | None = None
 
     def tolerances(self, theta: Tensor) -> Tensor:
         tolerances = torch.clamp(self.rtol * (theta - self.shift).abs(), min=self.atol)
         return tolerances if self.reachable is None else torch.maximum(tolerances, self.reachable() * theta.abs())
+
+    def is_late(self, matvecs: int) -> bool:
+        return self.late is not None and matvecs >= _LEAST_PRODUCTS and self.late()
 
 
 def lanczos(
@@ -148,6 +158,7 @@ def lanczos_recycled(
     budget: int | None = None,
     shift: float = 0.0,
     reachable: Callable[[], float] | None = None,
+    late: Callable[[], bool] | None = None,
     audit: Callable[[Spectrum, bool, float], Audit | None] | None = None,
     share: float = 0.85,
     width: int = 4,
@@ -155,15 +166,16 @@ def lanczos_recycled(
     """Solve as :func:`lanczos` does and also return the block ``(n, j)`` to start from at a nearby operator.
 
     Residuals are relative to ``|θ − shift|``. ``reachable``, asked once there are products, gives the residual relative
-    to |θ| below which rounding lets no solve get. Without an audit at most ``budget`` products are spent. ``audit`` is
-    asked once the solve has converged, with the spectrum, whether it is within the span of ``block``, and how far its
-    own span is from invariant; that is done, and the solve goes on where that brings a larger eigenvalue to light.
-    The block returned holds the leading Ritz vectors with ``θᵢ ≥ share · θ₁``: at least k of them and at most
-    ``max(width, k)``. At the edge of stability several eigenvalues crowd at the top, and a single recycled vector
-    follows the wrong one.
+    to |θ| below which rounding lets no solve get; ``late``, asked after each product from the third on, whether the
+    time is up: what has not converged or not been audited by then is not converged. Without an audit at most
+    ``budget`` products are spent. ``audit`` is asked once the solve has converged, with the spectrum, whether it is
+    within the span of ``block``, and how far its own span is from invariant; that is done, and the solve goes on
+    where that brings a larger eigenvalue to light. The block returned holds the leading Ritz vectors with
+    ``θᵢ ≥ share · θ₁``: at least k of them and at most ``max(width, k)``. At the edge of stability several
+    eigenvalues crowd at the top, and a single recycled vector follows the wrong one.
     """
     basis = Basis(operator, operator.size, _capacity(operator.size, k), generator=generator)
-    stop = _Stop(rtol, atol, shift, reachable)
+    stop = _Stop(rtol, atol, shift, reachable, late)
     spectrum, theta, s = _iterate(basis, block, k, stop, max_matvecs if budget is None else budget)
     wanted = None
     if audit is not None and spectrum.converged and basis.count < basis.n:
@@ -171,28 +183,33 @@ def lanczos_recycled(
         wanted = audit(spectrum, spectrum.matvecs <= columns, basis.leak())
     bound = -math.inf
     if wanted is not None:
-        spent = spectrum.matvecs + _settle(basis, wanted, k, columns, max_matvecs - spectrum.matvecs)
+        spent = spectrum.matvecs + _settle(basis, wanted, k, columns, stop, max_matvecs - spectrum.matvecs)
         _, s = basis.rayleigh_ritz()
-        room = min(wanted.most, max_matvecs - spent)
+        room = 0 if stop.is_late(spent) else min(wanted.most, max_matvecs - spent)
+        audited = False
         if basis.capacity - basis.count < room:
             basis.restart(s, keep=min(basis.count, max(k, basis.capacity - room)))
         if room > 0:
-            bound, added = look_beyond(basis, replace(wanted, most=room), k)
+            bound, added = look_beyond(basis, replace(wanted, most=room), k, late)
             spent += added
+            audited = bound == -math.inf or added >= wanted.least
         spectrum, theta, s = _go_on(basis, k, stop, max_matvecs, spent)
-        if room < wanted.least and basis.count < basis.n:
-            spectrum = replace(spectrum, converged=False)  # the products were spent before it could be audited
+        if not audited and basis.count < basis.n:
+            spectrum = replace(spectrum, converged=False)  # the products or the time were spent before
+            bound = -math.inf if math.isinf(bound) else bound  # nothing is known, which `converged` says
     leading = int((theta[: max(width, k)] >= share * theta[0].clamp(min=0.0)).sum())
     kept = max(k, leading)
+    if not spectrum.converged:  # what has been built up so far
+        kept = max(kept, min(width, len(theta) - 1))
     vectors = basis.ritz_vectors(s, min(kept + 1, s.shape[1]))
     scout = vectors[kept] if len(vectors) > kept else None
     return Recycled(spectrum, vectors[:kept].T, scout, max(0.0, bound - float(theta[min(k, len(theta)) - 1])))
 
 
-def _settle(basis: Basis, audit: Audit, k: int, columns: int, most: int) -> int:
+def _settle(basis: Basis, audit: Audit, k: int, columns: int, stop: _Stop, most: int) -> int:
     """Add residuals of the pairs from a start block that might yet rise above the k-th; return the products."""
     spent = 0
-    while spent < min(most, audit.most):
+    while spent < min(most, audit.most) and not stop.is_late(basis.count):
         theta, s = basis.rayleigh_ritz()
         count = min(columns, len(theta))
         residual_vectors = basis.residuals(theta, s, count)
@@ -221,7 +238,7 @@ def _iterate(
 ) -> tuple[Spectrum, Tensor, Tensor]:
     matvecs = 0
     for start in _start_vectors(v0, basis):
-        if matvecs < max_matvecs and basis.add(start):
+        if matvecs < max_matvecs and not stop.is_late(matvecs) and basis.add(start):
             matvecs += 1
     return _go_on(basis, k, stop, max_matvecs, matvecs)
 
@@ -236,7 +253,7 @@ def _go_on(basis: Basis, k: int, stop: _Stop, max_matvecs: int, matvecs: int) ->
         open_pairs = residuals > stop.tolerances(theta[:top])
         # With n basis vectors the residuals are rounding.
         converged = basis.count == basis.n or (top == k and not bool(open_pairs.any()))
-        if converged or matvecs >= max_matvecs:
+        if converged or matvecs >= max_matvecs or stop.is_late(matvecs):
             return Spectrum(theta[:top], basis.ritz_vectors(s, top).T, residuals, matvecs, converged), theta, s
         direction = residual_vectors[int(open_pairs.int().argmax())]
         if basis.count == basis.capacity:

@@ -26,9 +26,19 @@ from eos_monitor.verdicts.detector import InstabilityDetector, Verdict
 from eos_monitor.verdicts.steps import kind_of
 
 _WARM_UP_RETRY = 10
+_PAUSE_STEPS = 60
+_PAUSE_SECONDS = 2.0
+# The size of the probe is settled after the first warm readings, for so many readings in a run of a known length.
+_SETTLED_AFTER = 3
+_READINGS_WANTED = 30
+_USUAL_STEPS = 10_000
 
 
 def _ignore(change: Change) -> None:
+    return None
+
+
+def _silent(sentence: str) -> None:
     return None
 
 
@@ -52,6 +62,8 @@ class Engine:
         changed: Called when the verdict or the advisory has changed.
         ranks: The processes; set before the first batch, and back after the last.
         guard: Keeps all of it from ending the run.
+        expected_steps: Steps that the run will have; None if nobody knows.
+        tell: Called with what a user should know, in words.
         match: Whether the loss that is measured is the one that steps take.
     """
 
@@ -74,6 +86,9 @@ class Engine:
         self.changed: Callable[[Change], None] = _ignore
         self.ranks = Ranks()
         self.guard = Guard()
+        self.expected_steps: int | None = None
+        self.tell: Callable[[str], None] = _silent
+        self._max_pause = probe.max_pause
         self.match = LossMatch(self.guard)
         self._gauge = Gauge(solver, probe.batch_size_fn)
         self._full_everywhere = False
@@ -172,6 +187,20 @@ class Engine:
         decision, self.schedule.next_step = self.ranks.from_first((self.schedule.due(step), self.schedule.next_step))
         return bool(decision)
 
+    def start_small(self) -> None:
+        """Begin with a probe of one batch, where its size and the cadence are ours to choose."""
+        if self.schedule.every_n_steps is None:
+            self.samples.start_small()
+
+    @property
+    def max_pause(self) -> float | None:
+        """Seconds that a reading may hold the run; None for no limit."""
+        if self._max_pause is not None:
+            return self._max_pause
+        if self.schedule.every_n_steps is not None:
+            return None  # whoever sets the cadence has set the cost
+        return max(_PAUSE_STEPS * (self.schedule.step_seconds or 0.0), _PAUSE_SECONDS)
+
     def affordable(self) -> bool:
         """Whether the budget has room for a reading; the same on every process."""
         return bool(self.ranks.from_first(self.schedule.affordable()))
@@ -191,6 +220,7 @@ class Engine:
         """Take a reading; None if it failed."""
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.ranks.meet()
+        pause = self.ranks.from_first(self.max_pause)
 
         def here() -> Measurement:
             return self._gauge.measure(
@@ -203,6 +233,7 @@ class Engine:
                 accumulate=accumulate if self.samples.whole else None,
                 sandbox=None if sandbox is None else sandbox(),
                 sum_over_ranks=self.ranks.sum,
+                pause=pause,
             )
 
         def smaller() -> bool:
@@ -235,6 +266,8 @@ class Engine:
         if reading.ready and self.off is None:
             self.schedule.measured(reading.step, reading.seconds + also_spent)
             self.schedule.next_step = self.ranks.from_first(self.schedule.next_step)
+            if self.samples.small:
+                self._settle_size()
         if reading.edge_ratio is not None and not reading.converged:
             self.guard.warn_once(
                 "unconverged",
@@ -245,6 +278,21 @@ class Engine:
         bookkeeping = {"run": self.run_id, "verdict": verdict.name, "overhead": self.schedule.overhead}
         self.rows.append(bookkeeping | asdict(reading))
         return verdict
+
+    def _settle_size(self) -> None:
+        """Let the probe grow as far as the budget and a pause have room, once, after its first warm readings."""
+        ready = sum(reading.edge_ratio is not None for reading in self.readings)
+        if ready < _SETTLED_AFTER or (self.samples.collecting and ready < 2 * _SETTLED_AFTER):
+            return
+        schedule = self.schedule
+        steps = self.expected_steps or _USUAL_STEPS
+        room = schedule.max_overhead * steps * (schedule.step_seconds or 0.0) - schedule.spent
+        room = min(room / _READINGS_WANTED, self.max_pause or room)
+        factor = self.samples.grow(self.ranks.from_first(room / max(schedule.predicted_cost, 1e-9)))
+        if factor > 1.0:
+            schedule.costs_change(factor)
+            self._gauge.renew_error()
+            self.tell(f"the probe has grown to {self.samples.describe()}, as the budget has room for it")
 
     def add_step(self, step: int, **inputs: Any) -> Verdict:
         """Take in what a step brought; see :meth:`InstabilityDetector.update`."""

@@ -125,6 +125,9 @@ class StabilityProbe:
         self._sinks = sinks_of(alerts, _LOG, None, ())
         self._engine.follow(self._optimizers)
         self._engine.changed = self._announce
+        self._engine.tell = _say
+        if not self._probe.full_batch:
+            self._engine.start_small()
         self._steps = StepBuffer(
             trained_parameters(self._optimizers),
             self._engine.add_step,

@@ -167,13 +167,21 @@ class WarmSolver:
         settings: How to solve.
         random: Start vectors.
         block: Ritz vectors to begin with, ``(n, j)``.
+        late: Whether the time for products is up.
 
     Attributes:
         matvecs: Products in all solves.
         solves: Number of solves.
     """
 
-    def __init__(self, k: int | None, settings: Solver, random: StartVectors, block: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        k: int | None,
+        settings: Solver,
+        random: StartVectors,
+        block: Tensor | None = None,
+        late: Callable[[], bool] | None = None,
+    ) -> None:
         self.block = block
         self.matvecs = 0
         self.solves = 0
@@ -181,6 +189,7 @@ class WarmSolver:
         self._k = k or (1 if settings.k == "edge" else settings.k)
         self._settings = settings
         self._random = random
+        self._late = late
 
     def asked(self, operator: EdgeOperator) -> Solution:
         """Return the eigenpairs that the settings ask for."""
@@ -206,6 +215,7 @@ class WarmSolver:
             atol=max(_ATOL, _CANCELLATION * abs(operator.shift)),
             shift=operator.shift,
             reachable=operator.reachable,
+            late=self._late,
             max_matvecs=self._settings.max_matvecs,
             generator=self._random.generator,
             audit=lambda spectrum, inside, leak: self._audit(operator, spectrum, inside, leak, start if warm else None),
@@ -253,11 +263,13 @@ class WarmSolver:
 
     def solve_near_edge(self, operator: EdgeOperator) -> Solution:
         """Return all eigenpairs of at least 0.75, 1 to 16 of them, with the products of all solves that it took."""
-        spectrum = self.solve(operator).spectrum
+        solution = self.solve(operator)
+        spectrum = solution.spectrum
         matvecs = spectrum.matvecs
         while float(spectrum.eigenvalues[-1]) >= _NEAR_EDGE and len(spectrum.eigenvalues) == self._k < _MOST_MODES:
             self._k = min(_MOST_MODES, self._k + 2)
-            spectrum = self.solve(operator).spectrum
+            solution = self.solve(operator)
+            spectrum = solution.spectrum
             matvecs += spectrum.matvecs
         near = max(1, int((spectrum.eigenvalues >= _NEAR_EDGE).sum()))
         self._k = min(_MOST_MODES, near + 1)  # the next solve sees that it has all of them
@@ -268,4 +280,4 @@ class WarmSolver:
             residuals=spectrum.residuals[:near],
             matvecs=matvecs,
         )
-        return Solution(operator, found)
+        return replace(solution, spectrum=found)

@@ -21,6 +21,7 @@ from eos_monitor.limits.edge_scale import edge_scale, shortened
 from eos_monitor.limits.thresholds import CriticalCurvature, learning_rates
 from eos_monitor.readings.edge_solver import AUDIT_EVERY, EdgeOperator, Solution, StartVectors, WarmSolver
 from eos_monitor.readings.own_edges import OwnEdges
+from eos_monitor.readings.pause import Pause
 from eos_monitor.readings.products import CheckedProducts, check_products
 from eos_monitor.readings.reading import Measurement, OwnEdge, StabilityReading
 from eos_monitor.readings.rounding import Rounding
@@ -48,9 +49,10 @@ class Gauge:
         self._settings = solver
         self._batch_size_fn = batch_size_fn
         self._random = StartVectors(solver.seed)
-        self._edge_solver = WarmSolver(None, solver, self._random)
-        self._own_edges = OwnEdges(solver, self._random)
-        self._raw_solver = WarmSolver(1, solver, self._random)
+        self._pause = Pause()
+        self._edge_solver = WarmSolver(None, solver, self._random, late=self._pause.is_over)
+        self._own_edges = OwnEdges(solver, self._random, self._pause.is_over)
+        self._raw_solver = WarmSolver(1, solver, self._random, late=self._pause.is_over)
         self._products: CheckedProducts | None = None  # of the first reading that needs any
         self._checked: tuple[int, ...] = ()  # the parameters that they were checked with
         self._rounding = Rounding()
@@ -69,6 +71,11 @@ class Gauge:
         """What the check of the products found, in words; None for nothing."""
         return None if self._products is None else self._products.note
 
+    def renew_error(self) -> None:
+        """Find the sampling error afresh at the next reading: the probe is another."""
+        self._edges = 0
+        self._sampling = SamplingError()
+
     def start_from(self, v0: Tensor) -> None:
         """Use ``v0``, ``(n,)`` or ``(n, j)`` in the scaled coordinates C^½ θ, as if an earlier reading had left it."""
         self._edge_solver.block = v0
@@ -85,9 +92,11 @@ class Gauge:
         accumulate: int | None = 1,
         sandbox: Sandbox | None = None,
         sum_over_ranks: SumOverRanks | None = None,
+        pause: float | None = None,
     ) -> Measurement:
-        """Take one reading at the module's present parameters."""
+        """Take one reading at the module's present parameters, in about ``pause`` seconds if that is given."""
         began = time.perf_counter()
+        self._pause.begin(pause, sum_over_ranks)
         with preserve_rng():  # a DataLoader's iterator draws its seed from the global generator
             probe = list(batches)
         subject = Subject(module, loss_fn, probe, optimizers, self._batch_size_fn, sandbox, sum_over_ranks)
@@ -122,20 +131,20 @@ class Gauge:
                 self._products = self._products or check_products(operator, v)
             loss = operator.loss if operator.loss is not None else operator.evaluate()
             self._step = operator.step
-        notes = _notes(
-            curvature,
-            operator,
-            _own_note(own),
-            self.check_note,
-            self._rounding.note,
-            self._sampling.note,
-            operator.doubt,
-        )
-        reading = replace(reading, loss=loss, notes=notes)
+        found = (self.check_note, self._rounding.note, self._sampling.note, operator.doubt, self._cut_note(reading))
+        reading = replace(reading, loss=loss, notes=_notes(curvature, operator, _own_note(own), *found))
         if curvature.ready and not self.products_are_wrong:
             without = bool(curvature.without_threshold)
             reading = with_state_gauges(reading, subject, without_threshold=without, accumulate=accumulate)
         return Measurement(replace(reading, seconds=time.perf_counter() - began), curvature, mode, own)
+
+    def _cut_note(self, reading: StabilityReading) -> str | None:
+        if reading.converged or reading.matvecs >= self._settings.max_matvecs or not self._pause.is_over():
+            return None
+        return (
+            f"cut off after {reading.matvecs} products, as a reading may hold the run for {self._pause.seconds:.2g} s; "
+            "it goes on at the next one"
+        )
 
     def _with_edge(
         self,
@@ -147,6 +156,9 @@ class Gauge:
         """Add the edge ratio and what follows from it; return the critical mode too, None if products are wrong."""
         operator = solution.operator.hessian
         mode = solution.mode
+        if not solution.spectrum.converged and self._pause.is_over():
+            # The rest waits for a reading that is one.
+            return _with_numbers(reading, solution, curvature, 0.0, self._sampling.at(solution.top), None, 0), mode
         self._products = self._products or check_products(operator, mode, self._random.vector(operator))
         if self._products.wrong:
             return replace(reading, matvecs=solution.spectrum.matvecs), None
@@ -187,14 +199,18 @@ class Gauge:
         self, solution: Solution, mode: Tensor, curvature: CriticalCurvature, optimizers: Sequence[Optimizer]
     ) -> tuple[float | None, int]:
         """Return the factor on all learning rates that leads to the edge, and the products that it took."""
-        solver = WarmSolver(1, self._settings, self._random, self._edge_solver.block)
+        solver = WarmSolver(1, self._settings, self._random, self._edge_solver.block, self._pause.is_over)
+
+        cut = False
 
         def solve(there: CriticalCurvature) -> tuple[float, Tensor]:
+            nonlocal cut
             again = solver.solve(EdgeOperator(solution.operator.hessian, there, self._rounding.known))
+            cut = cut or (not again.spectrum.converged and self._pause.is_over())
             return again.top, again.mode
 
         scale = edge_scale(solution.top, mode, curvature, optimizers, solve, self._settings.rtol)
-        return scale, solver.matvecs
+        return None if cut else scale, solver.matvecs
 
     def _with_raw_sharpness(
         self, reading: StabilityReading, operator: HessianOperator, curvature: CriticalCurvature

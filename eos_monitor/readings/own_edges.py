@@ -39,11 +39,13 @@ class OwnEdges:
     Args:
         settings: How to solve.
         random: Start vectors.
+        late: Whether the time for products is up.
     """
 
-    def __init__(self, settings: Solver, random: StartVectors) -> None:
+    def __init__(self, settings: Solver, random: StartVectors, late: Callable[[], bool]) -> None:
         self._settings = settings
         self._random = random
+        self._late = late
         self._solvers: dict[int, WarmSolver] = {}
 
     def solve(
@@ -87,5 +89,5 @@ class OwnEdges:
 
     def _solver(self, i: int) -> WarmSolver:
         if i not in self._solvers:
-            self._solvers[i] = WarmSolver(None, self._settings, self._random)
+            self._solvers[i] = WarmSolver(None, self._settings, self._random, late=self._late)
         return self._solvers[i]

@@ -12,6 +12,7 @@ from eos_monitor.isolation.sandbox import preserve_rng
 from eos_monitor.readings.settings import Probe
 
 _MAX_BYTES = 256 * 2**20
+_MOST_SAMPLES = 256  # where the number is ours to choose
 HALVED = (
     "memory ran out, and since then readings are of halved batches, which is another loss where that is "
     "no mean over samples; a probe of smaller batches avoids this"
@@ -26,20 +27,21 @@ class ProbeSamples:
 
     Attributes:
         batches: What was collected, or given and read.
-        samples: Number of samples collected.
         seen: Number of training batches collected, slices of one counted once.
-        whole: Whether no collected batch was cut short.
         halved: Whether memory ran out, so that the batches are halves of what was collected.
     """
 
     def __init__(self, probe: Probe) -> None:
         self.kind = probe.batches if isinstance(probe.batches, str) else "given"
         self.batches: list[Any] = []
-        self.samples = 0
         self.seen = 0
-        self.whole = True
+        self._sizes: list[int] = []  # of what was collected
+        self._in_use: int | None = None  # batches that readings are taken on; None for all
+        self._cut = False  # a batch was collected in part
+        self._dropped = False
         self._source = None if isinstance(probe.batches, str) else probe.batches
-        self._wanted = probe.samples
+        self._chosen = probe.samples is None
+        self._wanted = _MOST_SAMPLES if probe.samples is None else probe.samples
         self._batch_size = probe.batch_size_fn or batch_size
         self._bytes = 0
         self._closed = False
@@ -48,7 +50,50 @@ class ProbeSamples:
     @property
     def full(self) -> bool:
         """Whether readings can be taken."""
-        return self.kind != "fixed" or self._closed or self._enough()
+        started = self._in_use is not None and len(self.batches) >= self._in_use
+        return not self.collecting or started
+
+    @property
+    def collecting(self) -> bool:
+        """Whether training batches are still wanted."""
+        return self.kind == "fixed" and not self._closed and not self._enough()
+
+    @property
+    def samples(self) -> int:
+        """Number of samples that readings are taken on, of those collected."""
+        return sum(self._sizes[: self._in_use])
+
+    @property
+    def whole(self) -> bool:
+        """Whether no batch was cut short."""
+        return not self._cut and not self.halved
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was offered is in use, and whole."""
+        return self.whole and not self._dropped and not (self.small and len(self.batches) > 1)
+
+    @property
+    def small(self) -> bool:
+        """Whether readings are taken on the first batch, until :meth:`grow`."""
+        return self._in_use is not None
+
+    def start_small(self) -> None:
+        """Take readings on the first batch until :meth:`grow`, where the number of samples is not given."""
+        if self._chosen and self.kind == "fixed":
+            self._in_use = 1
+
+    def grow(self, factor: float) -> float:
+        """Use up to ``factor`` times as many batches as so far, and drop the rest; return the factor in effect."""
+        if self._in_use is None or not self.batches:
+            return 1.0
+        before = self._in_use
+        after = max(before, min(len(self.batches), int(factor * before)))
+        self._dropped = after < len(self.batches) or self.collecting
+        self._in_use = None
+        self.close()
+        del self.batches[after:], self._sizes[after:]
+        return after / before
 
     def share(self, processes: int) -> None:
         """Collect this process's part of the samples only."""
@@ -56,15 +101,15 @@ class ProbeSamples:
 
     def observe(self, batch: Any) -> None:
         """Offer the next training batch."""
-        if self.kind == "fixed" and not self.full:
+        if self.collecting:
             # Copied before the training step can edit it in place.
             for piece in _slices(batch):
                 if self._enough():
-                    self.whole = False
+                    self._cut = True
                     break
                 kept = move_batch(clone_batch(piece), "cpu")
                 self.batches.append(kept)
-                self.samples += self._batch_size(kept)
+                self._sizes.append(self._batch_size(kept))
                 self._bytes += _bytes(kept)
             self.seen += 1
 
@@ -74,8 +119,9 @@ class ProbeSamples:
         if self.halved or not halves or any(pair is None for pair in halves):
             return False
         self.batches = [half for pair in halves for half in pair or ()]
+        self._sizes = [self._batch_size(half) for half in self.batches] if self.kind == "fixed" else []
+        self._in_use = None if self._in_use is None else 2 * self._in_use
         self.halved = True
-        self.whole = False
         return True
 
     def close(self) -> None:
@@ -89,10 +135,10 @@ class ProbeSamples:
         if self._source is not None and not self.batches:
             with preserve_rng():
                 self.batches = list(self._source)
-        return [move_batch(batch, device) for batch in self.batches]
+        return [move_batch(batch, device) for batch in self.batches[: self._in_use]]
 
     def _enough(self) -> bool:
-        return self.samples >= self._wanted or self._bytes >= _MAX_BYTES
+        return sum(self._sizes) >= self._wanted or self._bytes >= _MAX_BYTES
 
     def describe(self) -> str:
         """Return the probe in words."""
@@ -100,7 +146,8 @@ class ProbeSamples:
             return "the current batch"
         if self.kind == "given":
             return "the batches given"
-        return f"the first {self.samples} training samples"
+        growing = ", to be more where the budget has room" if self.small else ""
+        return f"the first {self.samples} training samples{growing}"
 
 
 def couples_samples(module: nn.Module) -> bool:

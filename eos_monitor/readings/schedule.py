@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 
 _RETRY_STEPS = 5  # until enough steps have passed to know how long one takes
 _JITTER = 0.2
+_TIMED_STEPS = 3  # before the first reading: one whose time is not known is not affordable
 
 
 class Schedule:
@@ -58,6 +59,9 @@ class Schedule:
         self._spent_before = 0.0  # own time before the training clock was started
         self._first_step = 0
         self._decided: int | None = None
+        self._timed: tuple[int, float] | None = None  # the second step, and the training time before it
+        self._asked = 0
+        self._at_asked = 0.0
         self._readings = 0
         self._costs: deque[float] = deque(maxlen=10)
 
@@ -67,6 +71,7 @@ class Schedule:
         self._ended = None
         self._spent_before = self.spent + self.startup
         self._first_step = step
+        self._timed = None
         self.next_step = step
 
     def end(self) -> None:
@@ -90,13 +95,30 @@ class Schedule:
         """Own time as a share of the training time; None before there is any."""
         return self.spent / self.training_seconds if self.training_seconds > 0.0 else None
 
+    @property
+    def step_seconds(self) -> float | None:
+        """Time of a training step, the first left out; None before it is known."""
+        if self._timed is None or self._asked <= self._timed[0]:
+            return None
+        return (self._at_asked - self._timed[1]) / (self._asked - self._timed[0])
+
+    def pace(self, step: int) -> None:
+        """Look at the clock before ``step``."""
+        if step > self._first_step:
+            self._asked = step
+            self._at_asked = self.training_seconds
+            self._timed = self._timed or (step, self._at_asked)
+
     def due(self, step: int) -> bool:
         """Whether to measure before ``step``; postpones the next decision if the time is not there yet."""
         if self.every_n_steps is not None:
             return step != self._decided and step % self.every_n_steps == 0
         if not self.deciding(step):
             return False
-        if self._readings == 0 or self.affordable():
+        self.pace(step)
+        if self._readings == 0:
+            return step - self._first_step >= _TIMED_STEPS
+        if self.affordable():
             return True
         self._plan(step)
         return False
@@ -119,6 +141,11 @@ class Schedule:
         self._readings += 1
         self._decided = step
         self._plan(step)
+
+    def costs_change(self, factor: float) -> None:
+        """Say that readings cost so many times as much from now on."""
+        self._costs = deque((factor * cost for cost in self._costs), maxlen=self._costs.maxlen)
+        self.predicted_cost *= factor
 
     def postpone(self, step: int, steps: int) -> None:
         """Decide no sooner than ``steps`` from ``step``."""

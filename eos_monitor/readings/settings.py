@@ -23,10 +23,15 @@ class Probe:
     Attributes:
         batches: ``"fixed"`` (copies of the first training batches, whole, on the CPU), ``"batch"`` (the batch of the
             step that is measured), or an iterable of batches.
-        samples: Samples to collect for ``"fixed"``, ≥ 1, in whole batches.
+        samples: Samples to collect for ``"fixed"``, ≥ 1, in whole batches. None chooses: 256 where ``every_n_steps`` is
+            given or a step sees all the data, else one batch first, and once, after the first readings, as many more
+            (256 samples at most) as leave room for 30 readings in the run.
         full_batch: Whether the probe is all the data that a step uses. None finds out: under Lightning an epoch is then
             one step on the probe; in a plain loop it is not.
         batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.
+        max_pause: Seconds that a reading may hold the run, > 0, up to one product and the check of the first reading: a
+            solve that is not done by then is marked as not converged, and goes on at the next reading. None for 60
+            steps' time or 2 s, whichever is longer, and for no limit where ``every_n_steps`` is given.
 
     Raises:
         ValueError: If a value is out of range.
@@ -34,13 +39,14 @@ class Probe:
 
     Example:
         >>> Probe(samples=64)
-        Probe(batches='fixed', samples=64, full_batch=None, batch_size_fn=None)
+        Probe(batches='fixed', samples=64, full_batch=None, batch_size_fn=None, max_pause=None)
     """
 
     batches: str | Iterable[Any] = "fixed"
-    samples: int = 256
+    samples: int | None = None
     full_batch: bool | None = None
     batch_size_fn: Callable[[Any], int] | None = None
+    max_pause: float | None = None
 
     def __post_init__(self) -> None:
         wanted = f"Expected `probe` to be one of {KINDS} or an iterable of batches, got"
@@ -49,8 +55,10 @@ class Probe:
                 raise ValueError(f"{wanted} {self.batches!r}.")
         elif not callable(getattr(self.batches, "__iter__", None)):
             raise TypeError(f"{wanted} {type(self.batches).__name__}.")
-        if self.samples < 1:
-            raise ValueError(f"Expected `samples` >= 1, got {self.samples}.")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"Expected `samples` >= 1 or None, got {self.samples}.")
+        if self.max_pause is not None and not self.max_pause > 0.0:
+            raise ValueError(f"Expected `max_pause` > 0 or None, got {self.max_pause}.")
 
     @classmethod
     def of(cls, probe: Probe | str | Iterable[Any]) -> Probe:

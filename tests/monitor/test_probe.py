@@ -146,8 +146,10 @@ def test_steps_are_counted_and_filed() -> None:
     assert probe.overhead > 0.0
 
 
-@pytest.mark.parametrize(("wanted", "first", "samples"), [(8, 0, 8), (9, 1, 16), (40, 4, 40)])
-def test_first_reading_comes_when_the_fixed_probe_is_full(wanted: int, first: int, samples: int) -> None:
+@pytest.mark.parametrize(("wanted", "first", "samples"), [(8, 3, 8), (9, 3, 16), (40, 4, 40), (None, 3, 8)])
+def test_first_reading_comes_when_the_fixed_probe_is_full_and_steps_have_been_timed(
+    wanted: int | None, first: int, samples: int
+) -> None:
     net = seeded(Net)
     sgd = SGD(net.parameters(), lr=0.1)
     probe = StabilityProbe(net, sgd, loss_fn, probe=Probe(samples=wanted))
@@ -232,8 +234,8 @@ def test_automatic_cadence_looks_again_soon_while_adam_warms_up() -> None:
     net = seeded(Net)
     adam = Adam(net.parameters(), lr=1e-3)
     probe = StabilityProbe(net, adam, loss_fn, probe=Probe(samples=8))
-    train(net, [adam], 41, probe)
-    assert [r.step for r in probe.readings] == [0, 10, 20, 30, 40]
+    train(net, [adam], 44, probe)
+    assert [r.step for r in probe.readings] == [3, 13, 23, 33, 43]
     assert [r.ready for r in probe.readings] == [False] * 4 + [True]
 
 
@@ -331,7 +333,7 @@ def test_unconverged_reading_is_kept_marked_and_told_once() -> None:
         train(net, [sgd], 3, probe, draw=lambda: (x, torch.zeros(500, dtype=torch.long)))
     assert len(caught) == 1
     assert [r.converged for r in probe.readings] == [False] * 3
-    assert probe.verdict is Verdict.WARMING_UP  # nothing that counts yet
+    assert probe.verdict is Verdict.UNKNOWN  # after three that do not count
 
 
 def test_batch_that_cannot_be_kept_turns_it_off() -> None:

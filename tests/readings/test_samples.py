@@ -218,7 +218,7 @@ def test_data_loader_as_probe() -> None:
     [
         (ValueError, "Expected `probe` to be one of .* got 'random'", {"batches": "random"}),
         (TypeError, "Expected `probe` to be one of .* got int", {"batches": 5}),
-        (ValueError, "Expected `samples` >= 1, got 0", {"samples": 0}),
+        (ValueError, "Expected `samples` >= 1 or None, got 0", {"samples": 0}),
     ],
     ids=["name", "type", "samples"],
 )
