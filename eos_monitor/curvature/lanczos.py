@@ -187,7 +187,7 @@ def lanczos_recycled(
 def _settle(basis: Basis, audit: Audit, k: int, columns: int, most: int) -> int:
     """Add residuals of the pairs from a start block that might yet rise above the k-th; return the products."""
     spent = 0
-    while spent < min(most, audit.most):
+    while columns > k and spent < min(most, audit.most):
         theta, s = basis.rayleigh_ritz()
         count = min(columns, len(theta))
         residual_vectors = basis.residuals(theta, s, count)

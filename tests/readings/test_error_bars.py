@@ -51,8 +51,8 @@ def expected_error(parts: list[np.ndarray]) -> float:
 
 @pytest.mark.parametrize(
     ("sizes", "slices"),
-    [([64], 8), ([40, 48], 4), ([24, 24, 24], 3), ([8] * 8, 1), ([5, 6, 7, 8, 9, 5, 6, 7, 8], 1)],
-    ids=["one-batch", "two", "three", "eight", "nine-uneven"],
+    [([64], 8), ([40, 48], 4), ([24, 24, 24], 3), ([16] * 5, 2), ([8] * 8, 1), ([5, 6, 7, 8, 9, 5, 6, 7, 8], 1)],
+    ids=["one-batch", "two", "three", "five", "eight", "nine-uneven"],
 )
 def test_the_sampling_error_is_that_of_the_parts(sizes: list[int], slices: int) -> None:
     x = np.random.default_rng(0).standard_normal((sum(sizes), 5)) * [1.5, 1.0, 1.0, 0.5, 0.5]
