@@ -403,7 +403,7 @@ def test_a_full_basis_makes_room_for_an_audit() -> None:
         operator,
         None,
         k=1,
-        rtol=0.02,
+        rtol=0.01,
         atol=0.0,
         max_matvecs=200,
         generator=torch.Generator().manual_seed(0),
@@ -412,8 +412,7 @@ def test_a_full_basis_makes_room_for_an_audit() -> None:
     assert before[0] >= 12
     assert found.spectrum.matvecs == operator.calls >= before[0] + 10
     assert 0.0 <= found.open < 0.5
-    # by Weyl some eigenvalue is as close as the residual, and none lies above what is open
-    assert float(found.spectrum.eigenvalues[0]) + found.open >= 1.0 - 1e-6
+    assert 0.99 <= float(found.spectrum.eigenvalues[0]) <= 1.0
 
 
 def test_twenty_vectors_are_kept() -> None:
