@@ -109,6 +109,20 @@ def test_rounding_is_that_of_the_parameters() -> None:
     assert edge_of(symmetric(), C, dtype=torch.float32).rounding == pytest.approx(2.0**-23)
 
 
+@pytest.mark.parametrize("shorter_first", [True, False])
+def test_the_shortest_of_several_types_counts(shorter_first: bool) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            types = (torch.bfloat16, torch.float32) if shorter_first else (torch.float32, torch.bfloat16)
+            self.parts = nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in types])
+
+    net = Two()
+    c = CriticalCurvature(torch.ones(4), torch.zeros(4), None, tuple(net.parts), ("one", "two"))
+    hessian = HessianOperator(net, lambda m, _: sum(p.float().square().sum() for p in m.parts), [torch.zeros(1)])
+    assert EdgeOperator(hessian, c).rounding == pytest.approx(2.0**-7)
+
+
 def test_modes_are_in_parameter_space() -> None:
     h = symmetric(3)
     edge = edge_of(h, C)
