@@ -239,6 +239,27 @@ def test_the_step_is_the_middle_of_three_or_the_largest_where_rounding_rules(
     assert step.error == pytest.approx(min(between), abs=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "steps", "bend"),
+    [(torch.float64, (1e-4, 1e-5, 1e-6), 1e7), (torch.float32, (1e-2, 1e-3, 1e-4), 1e3)],
+    ids=["double", "single"],
+)
+def test_the_error_of_a_step_is_that_of_the_two_that_agree_best(
+    dtype: torch.dtype, steps: tuple[float, float, float], bend: float
+) -> None:
+    """With a third derivative a difference is off by ``bend`` · h²: 0.1, 1e-3 and 1e-5 at the three steps."""
+
+    def gradient(shift: Tensor) -> Tensor:
+        along = float(shift.double() @ E)
+        return (along + bend * along**3) * E
+
+    step = calibrated_step(gradient, E, dtype)
+    large, middle, small = (1.0 + bend * h * h for h in steps)
+    assert large == pytest.approx(1.1)
+    assert step.size == steps[1]
+    assert step.error == pytest.approx((middle - small) / middle, rel=1e-3)
+
+
 # What a reader is told.
 
 
