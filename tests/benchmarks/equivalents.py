@@ -16,6 +16,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "a vector of length 0 becomes NaN, and is refused for that two lines later",
     (
         "curvature/hessian.py",
+        "losses = [0.0] * len(self._batches)",
+        "0.0  →  (1.0)",
+    ): "each place is filled by the product of its batch",
+    (
+        "curvature/hessian.py",
         'error=None if self.method != "fd" else self.step.error if self.step is not None else 0.0,',
         "0.0  →  (1.0)",
     ): "the product above has chosen a step by then; the branch is there for mypy",

@@ -65,6 +65,18 @@ def test_the_sampling_error_is_that_of_the_parts(sizes: list[int], slices: int) 
     assert reading.error == pytest.approx(reading.sampling_error, rel=1e-6)  # the solve is exact
 
 
+def test_over_processes_the_parts_of_all_count() -> None:
+    """Two processes with the same samples: as one that has each of them twice."""
+    x = np.random.default_rng(0).standard_normal((64, 5)) * [1.5, 1.0, 1.0, 0.5, 0.5]
+    parts = np.split(x, 8)
+    net, optimizer = linear(5)
+    found = Gauge(Solver(rtol=1e-9)).measure(
+        net, mean_square, [torch.tensor(x)], [optimizer], step=0, full_batch=False, sum_over_ranks=lambda flat: 2 * flat
+    )
+    assert found.reading.samples == 128
+    assert found.reading.sampling_error == pytest.approx(expected_error(parts * 2), rel=1e-6)
+
+
 def test_variance_alone() -> None:
     """Slices of 4 ± 1 along the mode: the variance of eight is 8/7, a quarter of the numbers is A."""
     x = rows_with(*[[[4.0 + sign, 0.0], [0.0, 1.0]] for sign in (1.0, -1.0) * 4])
