@@ -25,6 +25,11 @@ _LISTED: dict[tuple[str, str, str], str] = {
         "0.0  →  (1.0)",
     ): "the product above has chosen a step by then; the branch is there for mypy",
     (
+        "isolation/sandbox.py",
+        "stack.enter_context(torch.enable_grad())",
+        "stack.enter_context(torch.enable_grad())  →  pass",
+    ): "to leave inference mode turns gradients on too, in the versions of torch there are",
+    (
         "limits/threshold_check.py",
         "self.spread = 10 ** (2 * torch.rand(self.size, generator=generator, dtype=torch.float64) - 1)",
         "10  →  (11)",

@@ -53,7 +53,13 @@ PARTS = {
             "curvature/hessian.py",
             "limits/threshold_check.py",
         ],
-        ["curvature", "readings", "limits/test_threshold_check.py"],
+        [
+            "curvature",
+            "readings",
+            "limits/test_threshold_check.py",
+            "limits/test_checked_steps.py",
+            "isolation/test_alone.py",
+        ],
     ),
     "error": Part(
         ["readings/uncertainty.py", "readings/samples.py", "readings/gauge.py", "curvature/spread.py"],
