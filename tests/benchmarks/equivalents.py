@@ -15,6 +15,12 @@ _LISTED: dict[tuple[str, str, str], str] = {
         "norm > 0.0  →  (norm >= 0.0)",
     ): "a vector of length 0 becomes NaN, and is refused for that two lines later",
     (
+        "curvature/audit.py",
+        "t += torch.diag(torch.tensor(beside[: m - 1], dtype=torch.float64), 1)",
+        "t += torch.diag(torch.tensor(beside[: m - 1], dtype=torch.float64), 1)  →  "
+        "t -= torch.diag(torch.tensor(beside[:m - 1], dtype=torch.float64), 1)",
+    ): "eigvalsh reads the lower triangle only",
+    (
         "curvature/hessian.py",
         "losses = [0.0] * len(self._batches)",
         "0.0  →  (1.0)",
