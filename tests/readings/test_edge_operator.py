@@ -258,3 +258,16 @@ def test_residuals_are_relative_to_the_whole_where_nobody_says_otherwise() -> No
         found = lanczos(lambda v, values=values: values * v, size=81, dtype=torch.float64, rtol=1e-3)
         assert found.converged
         assert found.matvecs < 15
+
+
+def test_exact_finite_differences_are_solved_as_tightly_as_products() -> None:
+    """Their error, some 1e-9 in double precision, is no excuse to stop a cold solve at 1e-2."""
+    net = Quadratic(crowd(80, 1.0, 0.9))
+    hessian = HessianOperator(net, loss_fn, [torch.zeros(1)], method="fd")
+    step = hessian.calibrate(torch.ones(80, dtype=torch.float64))
+    assert step.error < 1e-6
+    spectrum = (
+        WarmSolver(1, Solver(rtol=1e-2), StartVectors(0)).solve(EdgeOperator(hessian, curvature(net, 1.0))).spectrum
+    )
+    assert spectrum.converged
+    assert float(spectrum.residuals[0]) <= 1e-4 * float(spectrum.eigenvalues[0])
