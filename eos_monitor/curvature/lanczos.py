@@ -209,7 +209,7 @@ def lanczos_recycled(
 def _settle(basis: Basis, audit: Audit, k: int, columns: int, stop: _Stop, most: int) -> int:
     """Add residuals of the pairs from a start block that might yet rise above the k-th; return the products."""
     spent = 0
-    while spent < min(most, audit.most) and not stop.is_late(basis.count):
+    while columns > k and spent < min(most, audit.most) and not stop.is_late(basis.count):
         theta, s = basis.rayleigh_ritz()
         count = min(columns, len(theta))
         residual_vectors = basis.residuals(theta, s, count)

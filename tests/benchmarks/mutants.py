@@ -208,7 +208,9 @@ def _lines(tree: ast.Module, node: ast.AST, holders: list[ast.AST]) -> tuple[fro
         if node is not function and chain[functions[-1] + 1] is function.args:  # a default
             return frozenset(range(function.body[0].lineno, (function.end_lineno or 0) + 1)), frozenset()
         return _span(statements[-1]), frozenset()
-    assignments = [s for s in statements if isinstance(s, (ast.Assign, ast.AnnAssign))]
+    # What a class says of its fields is read by whoever makes one: any test of the file.
+    in_class = any(isinstance(h, ast.ClassDef) for h in chain)
+    assignments = [s for s in statements if isinstance(s, (ast.Assign, ast.AnnAssign)) and not in_class]
     targets = [t for s in assignments for t in (s.targets if isinstance(s, ast.Assign) else [s.target])]
     names = {target.id for target in targets if isinstance(target, ast.Name)}
     uses = {

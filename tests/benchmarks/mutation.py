@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from tests.benchmarks.equivalents import EQUIVALENT
+from tests.benchmarks.equivalents import has_no_consequence
 from tests.benchmarks.mutants import SEEN, Mutant, instrumented, mutants_of
 from tests.benchmarks.tables import Table
 
@@ -53,7 +53,13 @@ PARTS = {
             "curvature/hessian.py",
             "limits/threshold_check.py",
         ],
-        ["curvature", "readings", "limits/test_threshold_check.py"],
+        [
+            "curvature",
+            "readings",
+            "limits/test_threshold_check.py",
+            "limits/test_checked_steps.py",
+            "isolation/test_alone.py",
+        ],
     ),
     "error": Part(
         ["readings/uncertainty.py", "readings/samples.py", "readings/gauge.py", "curvature/spread.py"],
@@ -217,7 +223,7 @@ def _fork(action: Callable[[], int]) -> int:
 def _sample(root: Path, part: Part, count: int, seed: int) -> list[Mutant]:
     everything = [mutant for file in part.files for mutant in mutants_of(root, f"eos_monitor/{file}")]
     chosen = random.Random(seed).sample(range(len(everything)), min(count or len(everything), len(everything)))
-    return [everything[i] for i in sorted(chosen) if _key(everything[i]) not in EQUIVALENT]
+    return [everything[i] for i in sorted(chosen) if not has_no_consequence(*_key(everything[i]))]
 
 
 def _key(mutant: Mutant) -> tuple[str, str, str]:

@@ -321,3 +321,120 @@ def test_residuals_are_relative_to_the_distance_from_the_shift(shift: float, con
     found = recycled([1.0, 0.5, *BULK], start, rtol=1e-2, shift=shift, max_matvecs=1)
     assert float(found.spectrum.residuals[0]) == pytest.approx(5e-4, rel=1e-2)
     assert found.spectrum.converged is converged
+
+
+# Looking beyond a start block of several vectors.
+
+
+def hidden(columns: int) -> tuple[Operator, Tensor, Tensor]:
+    """A top of 1 that has converged, and a larger one, 3, behind a start vector that looks harmless by its value.
+
+    The last column is (e₁ + e₂)/√2, of value 0.05 and residual 2.95; the vector of the audit has no part there.
+    """
+    values = torch.linspace(-0.2, 0.2, 60, dtype=torch.float64)
+    values[:3] = torch.tensor([1.0, 3.0, -2.9])
+    eye = torch.eye(60, dtype=torch.float64)
+    block = torch.stack([eye[0], *(eye[50 + i] for i in range(columns - 2)), (eye[1] + eye[2]) / math.sqrt(2.0)], 1)
+    z = torch.randn(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z[:3] = 0.0
+    return Operator(torch.diag(values)), block, z
+
+
+@pytest.mark.parametrize("columns", [2, 3, 4])
+def test_what_a_start_vector_hides_is_found_and_its_products_counted(columns: int) -> None:
+    operator, block, z = hidden(columns)
+    given = {"k": 1, "rtol": 1e-8, "atol": 0.0, "max_matvecs": 64, "generator": torch.Generator().manual_seed(0)}
+    assert float(lanczos_recycled(operator, block, **given).spectrum.eigenvalues[0]) == pytest.approx(1.0)
+    operator.calls = 0
+    found = lanczos_recycled(operator, block, audit=lambda *_: Audit(z, 1 / 60, 3, 14, 5e-3, 0.0), **given)
+    assert float(found.spectrum.eigenvalues[0]) == pytest.approx(3.0)
+    assert found.spectrum.converged
+    assert found.spectrum.matvecs == operator.calls
+
+
+@pytest.mark.parametrize("most", [3, 4, 5, 6])
+def test_and_no_more_than_the_bound(most: int) -> None:
+    operator, block, z = hidden(3)
+    given = {"k": 1, "rtol": 1e-8, "atol": 0.0, "max_matvecs": most, "generator": torch.Generator().manual_seed(0)}
+    found = lanczos_recycled(operator, block, audit=lambda *_: Audit(z, 1 / 60, 3, 14, 5e-3, 0.0), **given)
+    assert found.spectrum.matvecs == operator.calls <= most
+    assert not found.spectrum.converged
+
+
+def test_what_is_open_is_the_bound_over_the_last_eigenvalue() -> None:
+    """One product along z: α and β of its part beside e₀, and the bound α + β √(1/share − 1)."""
+    values = np.linspace(0.2, 0.6, 40)
+    values[0] = 1.0
+    values[1] = 0.9
+    z = np.random.default_rng(0).standard_normal(40)
+    for k, top in ((1, 1.0), (2, 0.9)):
+        rest = z.copy()
+        rest[:k] = 0.0
+        rest /= np.linalg.norm(rest)
+        alpha = rest @ (values * rest)
+        beta = np.linalg.norm(values * rest - alpha * rest)
+        operator = Operator(torch.diag(torch.tensor(values)))
+        found = lanczos_recycled(
+            operator,
+            torch.eye(40, k, dtype=torch.float64),
+            k=k,
+            rtol=1e-3,
+            atol=0.0,
+            max_matvecs=64,
+            generator=torch.Generator().manual_seed(0),
+            audit=lambda *_: Audit(torch.tensor(z), 1e-3, 1, 1, 5e-3, 0.0),
+        )
+        assert found.open == pytest.approx(alpha + beta * math.sqrt(999.0) - top, rel=1e-6)
+        assert found.spectrum.matvecs == operator.calls == k + 1
+
+
+def test_a_full_basis_makes_room_for_an_audit() -> None:
+    """A solve that has taken 18 of 20 places: the audit has its products all the same, and says what is open."""
+    values = torch.linspace(0.0, 1.0, 200, dtype=torch.float64)
+    operator = Operator(torch.diag(values))
+    before = []
+
+    def audit(spectrum: Any, inside: bool) -> Audit:
+        before.append(spectrum.matvecs)
+        z = torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        return Audit(z, 1 / 200, 10, 10, 0.0, 0.0)
+
+    found = lanczos_recycled(
+        operator,
+        None,
+        k=1,
+        rtol=0.01,
+        atol=0.0,
+        max_matvecs=200,
+        generator=torch.Generator().manual_seed(0),
+        audit=audit,
+    )
+    assert before[0] >= 12
+    assert found.spectrum.matvecs == operator.calls >= before[0] + 10
+    assert 0.0 <= found.open < 0.5
+    assert 0.99 <= float(found.spectrum.eigenvalues[0]) <= 1.0
+
+
+def test_twenty_vectors_are_kept() -> None:
+    """A basis of 20 needs little more than Lanczos without restarts; one of 6 needs several times as much."""
+    n = 400
+    values = np.concatenate([[1.0, 0.97], np.linspace(-1.0, 0.93, n - 2)])
+    operator = Operator(torch.diag(torch.tensor(values)))
+    start = np.random.default_rng(0).standard_normal(n)
+    found = recycled(values.tolist(), torch.tensor(start)[:, None], rtol=1e-4)
+    assert found.spectrum.converged
+    # Lanczos in NumPy, fully orthogonalized
+    v = [start / np.linalg.norm(start)]
+    while True:
+        basis = np.array(v)
+        theta, s = np.linalg.eigh(basis @ (values * basis).T)
+        ritz = s[:, -1] @ basis
+        rest = values * ritz - theta[-1] * ritz
+        if np.linalg.norm(rest) <= 1e-4 * theta[-1]:
+            break
+        rest -= basis.T @ (basis @ rest)
+        rest -= basis.T @ (basis @ rest)
+        v.append(rest / np.linalg.norm(rest))
+    assert operator.size == n
+    assert len(v) > 20
+    assert found.spectrum.matvecs <= 1.2 * len(v)

@@ -1,6 +1,8 @@
 """The self-check of products on fields whose Jacobian is written down: each tolerance from both sides."""
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from eos_monitor import HessianOperator
 from eos_monitor.curvature.finite_differences import (
     CheckedProduct,
     ProductCheck,
@@ -236,6 +239,27 @@ def test_the_step_is_the_middle_of_three_or_the_largest_where_rounding_rules(
     assert step.error == pytest.approx(min(between), abs=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "steps", "bend"),
+    [(torch.float64, (1e-4, 1e-5, 1e-6), 1e7), (torch.float32, (1e-2, 1e-3, 1e-4), 1e3)],
+    ids=["double", "single"],
+)
+def test_the_error_of_a_step_is_that_of_the_two_that_agree_best(
+    dtype: torch.dtype, steps: tuple[float, float, float], bend: float
+) -> None:
+    """With a third derivative a difference is off by ``bend`` · h²: 0.1, 1e-3 and 1e-5 at the three steps."""
+
+    def gradient(shift: Tensor) -> Tensor:
+        along = float(shift.double() @ E)
+        return (along + bend * along**3) * E
+
+    step = calibrated_step(gradient, E, dtype)
+    large, middle, small = (1.0 + bend * h * h for h in steps)
+    assert large == pytest.approx(1.1)
+    assert step.size == steps[1]
+    assert step.error == pytest.approx((middle - small) / middle, rel=1e-3)
+
+
 # What a reader is told.
 
 
@@ -363,3 +387,45 @@ def test_the_least_precision_is_noted() -> None:
         with Precisions() as precisions:
             operation()
         assert precisions.shortest == expected
+
+
+# The operator itself.
+
+
+class Halves(nn.Module):
+    """Uses its second parameter only where the batch says so, and holds a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(2))
+        self.two = nn.Parameter(torch.ones(2))
+        self.held = torch.ones(3)
+
+
+def half_loss(module: Any, batch: Any) -> Tensor:
+    SEEN.append(weakref.ref(module.held))
+    used = module.one.square().sum() * module.held.sum()
+    return used + module.two.square().sum() if bool(batch.any()) else used
+
+
+SEEN: list[Any] = []
+
+
+@pytest.mark.parametrize(("batches", "unused"), [([0, 0], 0.5), ([0, 1], 0.0), ([1, 0], 0.0), ([1, 1], 0.0)])
+def test_a_parameter_is_used_if_some_batch_uses_it(batches: list[int], unused: float) -> None:
+    operator = HessianOperator(Halves(), half_loss, [torch.full((2,), float(b)) for b in batches])
+    operator.matvec(torch.ones(4))
+    assert operator.unused == unused
+    reached = operator.reached_part(torch.ones(4))
+    assert reached.tolist() == [1.0, 1.0, 1.0 - 2 * unused, 1.0 - 2 * unused]
+
+
+def test_what_an_evaluation_held_is_free_after_the_sandbox() -> None:
+    operator = HessianOperator(Halves(), half_loss, [torch.ones(2)])
+    SEEN.clear()
+    with operator:
+        operator.matvec(torch.ones(4))
+        operator.matvec(torch.ones(4))
+    gc.collect()
+    assert len(SEEN) == 1  # the graph was kept
+    assert SEEN[0]() is None

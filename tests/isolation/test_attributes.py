@@ -241,3 +241,24 @@ def test_a_seed_means_the_same_numbers_everywhere() -> None:
         assert draws[0][2] == random.Random(11).random()
         assert draws[0][1] == np.random.RandomState(11).rand()
         assert draws[0][0] == float(torch.rand(1, generator=torch.Generator().manual_seed(11)))
+
+
+def test_what_hangs_on_a_function_that_holds_parameters_is_there() -> None:
+    net = nn.Linear(2, 1)
+
+    def penalty(strength: float = 2.0, *, held: Tensor = net.weight) -> Tensor:
+        return strength * held.square().sum()
+
+    penalty.of = "the weights"  # type: ignore[attr-defined]
+    penalty.also = [net.weight]  # type: ignore[attr-defined]
+    net.penalty = penalty
+    alias = torch.full((1, 2), 3.0)
+
+    def loss(module: Any, _: Any) -> Tensor:
+        assert module.penalty.of == "the weights"
+        assert module.penalty.also[0] is alias
+        return module.penalty()
+
+    with Sandbox(net) as sandbox:
+        assert float(sandbox.evaluate(loss, None, {net.weight: alias})) == 36.0
+    assert penalty.also[0] is net.weight  # type: ignore[attr-defined]

@@ -173,3 +173,17 @@ def test_children_are_named_by_their_place_and_read_once() -> None:
     assert changed(module, lambda: child.mark.append(1)) == ["first.mark"]
     with torch.no_grad():
         assert changed(module, lambda: child.weight.add_(1)) == ["first.weight"]
+
+
+def test_the_bounds_are_those_of_the_page() -> None:
+    assert (MAX_BYTES, MAX_ENTRIES) == (64 * 2**20, 20_000)
+
+
+@pytest.mark.parametrize(("count", "covered"), [(MAX_ENTRIES, True), (MAX_ENTRIES + 1, False)])
+def test_an_object_of_too_many_attributes_is_named(count: int, covered: bool) -> None:
+    box = Box(**{f"a{i}": i for i in range(count)})
+    module = holder(box=box)
+    before = fingerprint(module)
+    assert before.uncovered == (() if covered else ("box",))
+    box.a7 = -1
+    assert before.changes(fingerprint(module)) == (["box.a7"] if covered else [])

@@ -187,3 +187,12 @@ def test_a_twin_has_settings_and_state_of_its_own() -> None:
     twin.state[stand_ins[params[0]]]["exp_avg"].zero_()
     assert optimizer.param_groups[0]["lr"] == 0.01
     assert bool(optimizer.state[params[0]]["exp_avg"].any())
+
+
+def test_one_group_in_eval_mode_is_enough() -> None:
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [p]} for p in params], lr=0.5)
+    optimizer.param_groups[0]["train_mode"] = True
+    optimizer.param_groups[1]["train_mode"] = False
+    with pytest.raises(ValueError, match="Expected optimizers in train mode"):
+        proposed_update([optimizer], torch.ones(4))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eos_monitor import HessianOperator, Solver
+from eos_monitor import HessianOperator, Solver, lanczos
 from eos_monitor.limits.thresholds import CriticalCurvature
 from eos_monitor.readings.edge_solver import EdgeOperator, StartVectors, WarmSolver
 
@@ -217,3 +217,37 @@ def test_the_same_curvature_twice_is_the_same_operator() -> None:
     hessian = HessianOperator(net, loss_fn, [torch.zeros(1)])
     flipped = EdgeOperator(hessian, replace(one, sign=-1))
     assert np.allclose(dense(flipped) + dense(EdgeOperator(hessian, one)), 2 * np.diag(W / C), atol=1e-12)
+
+
+def test_a_look_beyond_a_block_that_is_exact_takes_at_most_fourteen_products() -> None:
+    """As the architecture page says; without a gap below the top the bound stays open."""
+    n = 200
+    h = np.diag(np.linspace(-1.0, 1.0, n))
+    top = torch.zeros(n, 1, dtype=torch.float64)
+    top[-1] = 1.0
+    spectrum = WarmSolver(1, Solver(), StartVectors(0), top).solve(edge_of(h, 1.0)).spectrum
+    assert float(spectrum.eigenvalues[0]) == pytest.approx(1.0)
+    assert spectrum.converged
+    assert 1 + 3 <= spectrum.matvecs <= 1 + 14
+
+
+def test_residuals_are_relative_to_the_whole_where_nobody_says_otherwise() -> None:
+    """An eigenvalue of 1 is as good as any."""
+    for top in (1.0, 3.0):
+        values = torch.tensor([top, *np.linspace(-0.5, 0.5, 80)], dtype=torch.float64)
+        found = lanczos(lambda v, values=values: values * v, size=81, dtype=torch.float64, rtol=1e-3)
+        assert found.converged
+        assert found.matvecs < 15
+
+
+def test_exact_finite_differences_are_solved_as_tightly_as_products() -> None:
+    """Their error, some 1e-9 in double precision, is no excuse to stop a cold solve at 1e-2."""
+    net = Quadratic(crowd(80, 1.0, 0.9))
+    hessian = HessianOperator(net, loss_fn, [torch.zeros(1)], method="fd")
+    step = hessian.calibrate(torch.ones(80, dtype=torch.float64))
+    assert step.error < 1e-6
+    spectrum = (
+        WarmSolver(1, Solver(rtol=1e-2), StartVectors(0)).solve(EdgeOperator(hessian, curvature(net, 1.0))).spectrum
+    )
+    assert spectrum.converged
+    assert float(spectrum.residuals[0]) <= 1e-4 * float(spectrum.eigenvalues[0])

@@ -51,8 +51,8 @@ def expected_error(parts: list[np.ndarray]) -> float:
 
 @pytest.mark.parametrize(
     ("sizes", "slices"),
-    [([64], 8), ([40, 48], 4), ([24, 24, 24], 3), ([8] * 8, 1), ([5, 6, 7, 8, 9, 5, 6, 7, 8], 1)],
-    ids=["one-batch", "two", "three", "eight", "nine-uneven"],
+    [([64], 8), ([40, 48], 4), ([24, 24, 24], 3), ([16] * 5, 2), ([8] * 8, 1), ([5, 6, 7, 8, 9, 5, 6, 7, 8], 1)],
+    ids=["one-batch", "two", "three", "five", "eight", "nine-uneven"],
 )
 def test_the_sampling_error_is_that_of_the_parts(sizes: list[int], slices: int) -> None:
     x = np.random.default_rng(0).standard_normal((sum(sizes), 5)) * [1.5, 1.0, 1.0, 0.5, 0.5]
@@ -63,6 +63,18 @@ def test_the_sampling_error_is_that_of_the_parts(sizes: list[int], slices: int) 
     assert reading.edge_ratio is not None
     assert reading.sampling_error == pytest.approx(expected_error(parts), rel=1e-6)
     assert reading.error == pytest.approx(reading.sampling_error, rel=1e-6)  # the solve is exact
+
+
+def test_over_processes_the_parts_of_all_count() -> None:
+    """Two processes with the same samples: as one that has each of them twice."""
+    x = np.random.default_rng(0).standard_normal((64, 5)) * [1.5, 1.0, 1.0, 0.5, 0.5]
+    parts = np.split(x, 8)
+    net, optimizer = linear(5)
+    found = Gauge(Solver(rtol=1e-9)).measure(
+        net, mean_square, [torch.tensor(x)], [optimizer], step=0, full_batch=False, sum_over_ranks=lambda flat: 2 * flat
+    )
+    assert found.reading.samples == 128
+    assert found.reading.sampling_error == pytest.approx(expected_error(parts * 2), rel=1e-6)
 
 
 def test_variance_alone() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, Rprop
 
-from eos_monitor import Solver, StabilityReading
+from eos_monitor import Solver, StabilityReading, measure_stability
 from eos_monitor.curvature.hessian import HessianOperator
 from eos_monitor.readings.gauge import Gauge
 from tests.curvature.test_hessian import OnceTanh
@@ -128,16 +128,66 @@ def test_finite_differences_choose_their_step_once(raw: bool) -> None:
     assert run.evaluations - 2 * later.matvecs <= extra - 6 - 4
 
 
+class Wrong(nn.Module):
+    """Its second derivatives are silently wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(1, 4)
+
+    def forward(self, batch: Any) -> Tensor:
+        return OnceTanh.apply(self.body(batch[:, None])).square().mean()
+
+
+def test_products_are_checked_too_where_they_are_needed_along_the_update_only() -> None:
+    net = Wrong()
+    gauge = Gauge(Solver())
+    found = gauge.measure(net, lambda m, b: m(b), [torch.ones(3)], [Rprop(net.parameters())], step=0, full_batch=True)
+    assert gauge.products_are_wrong
+    assert any("differ from finite differences" in note for note in found.reading.notes)
+    # and nobody looks where no product is needed
+    gauge = Gauge(Solver())
+    still = [SGD(net.parameters(), lr=0.0)]
+    gauge.measure(net, lambda m, b: m(b), [torch.ones(3)], still, step=0, full_batch=True)
+    assert not gauge.products_are_wrong
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_the_products_of_the_scale_are_counted(decay: float) -> None:
+    """Decoupled decay of one group bends C, so that the edge is solved for again; a product is two evaluations here."""
+    net = Diagonal([3.0, 1.0], [2.0, 0.3])
+    groups = [{"params": [net.theta[0]], "weight_decay": decay}, {"params": [net.theta[1]], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.5, betas=(0.5, 0.9))
+    with torch.no_grad():
+        for _ in range(40):
+            for p in net.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+    seen = [0]
+
+    def counted(module: Any, batch: Any) -> Tensor:
+        seen[0] += 1
+        return module(batch)
+
+    gauge = Gauge(Solver(rtol=1e-6))
+    for _ in range(2):  # the first one checks the products
+        seen[0] = 0
+        found = gauge.measure(net, counted, ONE * 2, [optimizer], step=0, full_batch=True).reading
+    assert found.edge_scale is not None
+    assert (seen[0] - 2 * found.matvecs) in range(5)
+    assert (found.matvecs > 4) is (decay > 0.0)
+
+
+def test_a_start_vector_for_one_parameter() -> None:
+    net = Diagonal([3.0])
+    found = measure_stability(net, loss_of, ONE, sgd(net), v0=torch.ones(1, dtype=torch.float64), full_batch=True)
+    assert found.edge_ratio == pytest.approx(0.75)
+    with pytest.raises(ValueError, match=r"Expected `v0` of shape \(1,\)"):
+        measure_stability(net, loss_of, ONE, sgd(net), v0=torch.ones(1, 0), full_batch=True)
+
+
 def test_wrong_products_end_the_edge_for_all_readings_and_are_told_each_time() -> None:
-    class Wrong(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.body = nn.Linear(1, 4)
-
-        def forward(self, batch: Any) -> Tensor:
-            return OnceTanh.apply(self.body(batch[:, None])).square().mean()
-
     net = Wrong()
     gauge = Gauge(Solver(raw_sharpness=True))
     for _ in range(2):
