@@ -144,9 +144,9 @@ def measured_gradient(
     batch_size_fn: Callable[[Any], int] | None = None,
 ) -> Tensor:
     """Return the gradient of the measured loss over batches, flat, ``(n,)``, without a trace."""
-    operator = HessianOperator(
-        module, loss_fn, batches, params=params, sandbox=sandbox, batch_size_fn=batch_size_fn or (lambda batch: 1)
-    )
+    if batch_size_fn is None and len(batches) == 1:
+        batch_size_fn = lambda batch: 1  # noqa: E731 - its weight is 1 whatever its size, which need not be known
+    operator = HessianOperator(module, loss_fn, batches, params=params, sandbox=sandbox, batch_size_fn=batch_size_fn)
     return operator.gradient()
 
 

@@ -17,7 +17,11 @@ RATES = (0.05, 0.02)
 
 @pytest.fixture(autouse=True)
 def _in_a_folder(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_figure(*args: Any) -> None:
+        raise ImportError  # a second each, and not what is asked here
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("eos_monitor.dashboard.figures.run_figure", no_figure)
 
 
 def data() -> torch.Tensor:
@@ -198,6 +202,20 @@ def test_rates_that_one_optimizer_sets_alone_leave_the_others_reading_fresh() ->
     assert [reading.stale for reading in monitor.readings] == [False] * 5
     for reading in monitor.readings[:-1]:
         assert reading.edge_ratio == pytest.approx(module.true[reading.step][0], rel=1e-3)
+
+
+def test_a_share_of_an_optimizers_own_loss_is_told_with_the_factor() -> None:
+    pl = importlib.import_module(NAMESPACES[0])
+
+    def share(module: Any, real: torch.Tensor) -> torch.Tensor:
+        return generator_loss(module, real) / 4
+
+    def rates(i: int, epoch: int) -> float:
+        return 20 * RATES[i]  # so that gradients change
+
+    monitor = EdgeOfStabilityMonitor(every_n_steps=1, loss_fn={0: share}, alerts=())
+    with pytest.warns(UserWarning, match="a gradient 4 times its own"):
+        fit(pl, [monitor], epochs=10, rates=rates)
 
 
 def test_layers_of_one_loss_are_those_of_its_optimizer() -> None:

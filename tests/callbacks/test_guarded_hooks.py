@@ -224,7 +224,8 @@ def test_an_edge_without_a_learning_rate_is_the_registered_one(optimizer: Any, t
     """Curvature 3 over 2 / 0.01, whatever stands in the groups."""
 
     monitor = EdgeOfStabilityMonitor(3, probe=Probe(samples=16, full_batch=True), alerts=(), loss_fn=bowl)
-    run(NAMESPACES[1], Case(optimizer=optimizer), tmp_path / "run", lambda pl: monitor)
+    with pytest.warns(UserWarning, match="is not the one that is trained"):
+        run(NAMESPACES[1], Case(optimizer=optimizer), tmp_path / "run", lambda pl: monitor)
     assert [reading.edge_ratio for reading in monitor.readings] == pytest.approx([3.0 * 0.01 / 2] * 5, rel=1e-5)
     assert all(len(reading.lr) == (optimizer is in_parts) for reading in monitor.readings)
 

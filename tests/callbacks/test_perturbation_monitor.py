@@ -189,7 +189,7 @@ def test_each_step_is_measured_once_and_restraint_when_it_begins() -> None:
 
     def meet(step: int, verdict: Verdict) -> None:
         done = monitor._done
-        monitor.measure(ReadingContext(Trainer(), None, None, [], step, None, None, verdict, lambda n: None))  # type: ignore[arg-type]
+        monitor.measure(ReadingContext(Trainer(), None, None, (), [], step, None, None, verdict, lambda n: None))  # type: ignore[arg-type]
         if monitor._done != done:
             taken.append(step)
 

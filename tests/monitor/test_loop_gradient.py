@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from eos_monitor import Probe, StabilityProbe
+from eos_monitor import Probe, Solver, StabilityProbe
 
 STEPS = 24
 PARTS = 5
@@ -231,3 +231,57 @@ def test_the_comparison_leaves_the_run_as_it_is() -> None:
         return [*module.parameters(), *module.buffers(), torch.rand(3)]
 
     assert all(torch.equal(a, b) for a, b in zip(weights(False), weights(True), strict=True))
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_sparse_gradients_are_compared_like_others(factor: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(10, 3, sparse=True), nn.Flatten(), nn.Linear(6, 1))
+    sgd = torch.optim.SGD(module.parameters(), lr=0.05)
+    tokens = torch.randint(10, (8, 2), generator=torch.Generator().manual_seed(0))
+
+    def loss_fn(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return (module(batch) - 1.0).square().mean()
+
+    # Sparse gradients cannot be differentiated twice.
+    solver = Solver(method="fd")
+    probe = StabilityProbe(
+        module, sgd, loss_fn, every_n_steps=2, probe=Probe(full_batch=True), solver=solver, alerts=(), verify=False
+    )
+
+    def run() -> None:
+        for _ in range(STEPS):
+            probe.step(tokens)
+            sgd.zero_grad()
+            (factor * loss_fn(module, tokens)).backward()
+            sgd.step()
+
+    _, messages = told(run)
+    assert probe.readings
+    assert [("3 times its own" in m) for m in messages if "scale of the steps" in m] == [True] * (factor == 3)
+
+
+def test_batches_of_unequal_size_weigh_what_they_have() -> None:
+    module = net()
+    sgd = torch.optim.SGD(module.parameters(), lr=0.05)
+    x, y = data()
+    batches = [(x[:30], y[:30]), (x[30:], y[30:])]
+    probe = StabilityProbe(
+        module,
+        sgd,
+        lambda m, b: mean_loss(m, b) / 2,
+        every_n_steps=2,
+        probe=Probe(batches, full_batch=True),
+        alerts=(),
+    )
+
+    def run() -> None:
+        for _ in range(STEPS):
+            probe.step((x, y))
+            sgd.zero_grad()
+            mean_loss(module, (x, y)).backward()
+            sgd.step()
+
+    _, messages = told(run)
+    assert len(messages) == 1
+    assert "a gradient 2 times its own" in messages[0]
