@@ -23,7 +23,8 @@ class Probe:
     Attributes:
         batches: ``"fixed"`` (copies of the first training batches, whole, on the CPU), ``"batch"`` (the batch of the
             step that is measured), or an iterable of batches.
-        samples: Samples to collect for ``"fixed"``, ≥ 1, in whole batches.
+        samples: Samples to collect for ``"fixed"``, ≥ 1, in whole batches; of an iterable without a length, too, which
+            may have no end.
         full_batch: Whether the probe is all the data that a step uses. None finds out: under Lightning an epoch is then
             one step on the probe; in a plain loop it is not.
         batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.

@@ -104,11 +104,11 @@ class _Chunk:
         count = min(self.size, _SAMPLED)
         # Drawn twice an entry counts twice; a permutation of a large part takes longer than all the rest.
         if self.size <= _CHUNK:
-            picked = torch.randperm(self.size, generator=generator)[:count]
+            picked = torch.randperm(self.size, generator=generator, device="cpu")[:count]
         else:
-            picked = torch.randint(self.size, (count,), generator=generator)
+            picked = torch.randint(self.size, (count,), generator=generator, device="cpu")
         self._picked = picked.to(device)
-        self._z = torch.randn(count, generator=generator).to(device, self._dtype)
+        self._z = torch.randn(count, generator=generator, device="cpu").to(device, self._dtype)
         self._unknown = self._z.new_tensor(torch.nan)
         self._before: Tensor | None = None
 

@@ -138,7 +138,9 @@ class StepBuffer:
             factor: Factor on it.
             whole: Whether the step has no other micro-batch.
         """
-        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64)
+        value = (
+            loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64, device="cpu")
+        )
         self._losses.append(value if factor == 1.0 else value * factor)
         self._whole = whole
         if whole and self._buffered == 1 and self._open is not None:
@@ -213,8 +215,8 @@ class StepBuffer:
         """Return the means over all processes that have a loss."""
         if self._sum is None:
             return losses
-        known = torch.tensor([float(loss is not None) for loss in losses])
-        values = torch.tensor([0.0 if loss is None else loss for loss in losses], dtype=torch.float64)
+        known = torch.tensor([float(loss is not None) for loss in losses], device="cpu")
+        values = torch.tensor([0.0 if loss is None else loss for loss in losses], dtype=torch.float64, device="cpu")
         sums = self._sum(torch.cat([values, known.double()])).tolist()
         n = len(losses)
         return [total / count if count else None for total, count in zip(sums[:n], sums[n:], strict=True)]
