@@ -215,7 +215,7 @@ def _cast_state(value: Any, dtype: torch.dtype) -> Any:
 
 def _direction(perturbation: str | Tensor, n: int, seed: int) -> Tensor:
     if isinstance(perturbation, str):
-        return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     if perturbation.shape != (n,) or not bool(perturbation.any()):
         raise ValueError(f"Expected a direction of shape ({n},) other than zero, got {tuple(perturbation.shape)}.")
     return perturbation.detach()

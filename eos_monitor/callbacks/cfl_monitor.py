@@ -14,6 +14,7 @@ from eos_monitor.callbacks.reading_context import ReadingContext
 from eos_monitor.cfl.capture import NoLayerError, layer_names
 from eos_monitor.cfl.estimate import CFLEstimate
 from eos_monitor.cfl.tiers import CFLGauge
+from eos_monitor.dashboard.layer_history import LayerHistory
 from eos_monitor.dashboard.layers import has_something_to_draw, layers_table, run_sentence
 from eos_monitor.isolation.parted_loss import NEEDS_ONE_LOSS, PartedLoss
 from eos_monitor.limits.thresholds import critical_curvature, learning_rates
@@ -78,7 +79,7 @@ class CFLMonitor(AttachedMonitor):
 
     # Of one fit: set by _start_afresh.
     _estimates: list[CFLEstimate]
-    _rows: list[dict[str, Any]]
+    _history: LayerHistory
     _order: list[str]  # of the layers in the net
     _measurement: Measurement | None
     _fresh: bool  # whether what was measured is not written yet
@@ -228,7 +229,7 @@ class CFLMonitor(AttachedMonitor):
             metrics |= self._metrics(estimate)
         layers = [asdict(e) | {"position": self._position(e.layer)} for e in self._estimates]
         row = {"run": self._run_id, "step": step, "verdict": verdict.name, "layers": layers}
-        self._rows.append(row)
+        self._history.add(step, layers)
         self._outputs.row(row, metrics)
         if self._to_tell is not None and step > self._to_tell.step:
             self._tell()
@@ -243,17 +244,17 @@ class CFLMonitor(AttachedMonitor):
     def finish(self, step: int) -> None:
         """Draw the heat map, and tell the crossings."""
         self._tell()
-        if not self._rows:
+        if not self._history:
             return
-        path = self._outputs.layers_figure(self._rows) if has_something_to_draw(self._rows) else None
-        told = run_sentence(self._rows, self._crossings)
-        self._outputs.say(f"{len(self._rows)} layer-wise readings; {told}." + (f" Heat map: {path}" if path else ""))
+        path = self._outputs.layers_figure(self._history) if has_something_to_draw(self._history) else None
+        told = run_sentence(self._history, self._crossings)
+        self._outputs.say(f"{len(self._history)} layer-wise readings; {told}." + (f" Heat map: {path}" if path else ""))
 
     # ------------------------------------------------------------------ inside
 
     def _start_afresh(self) -> None:
         self._estimates = []
-        self._rows = []
+        self._history = LayerHistory()
         self._order = []
         self._measurement = None
         self._fresh = False

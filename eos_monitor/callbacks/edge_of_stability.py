@@ -82,7 +82,8 @@ class EdgeOfStabilityMonitor(Named, Callback):
         alert_cooldown: Seconds for which the same change of verdict is told once only, unless it got worse since; at
             most ten alerts go out in a minute, and what was held back is counted at the end of fit.
         projections: Follow each update (its size, and its projections on the critical mode and on a random vector):
-            one copy of the parameters and six passes over them a step. None for if it fits into the budget.
+            one copy of the parameters and six passes over them a step. None for if it fits into the budget, and with
+            ``every_n_steps`` for nets of up to 2²⁴ parameters in any case.
 
     Raises:
         ValueError: If an argument is out of range.

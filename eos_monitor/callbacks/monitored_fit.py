@@ -35,7 +35,7 @@ from eos_monitor.monitor.ranks import Ranks
 from eos_monitor.readings.guard import ProcessLeftError
 from eos_monitor.readings.reading import Measurement, StabilityReading
 from eos_monitor.verdicts.change import Change
-from eos_monitor.verdicts.steps import StepBuffer
+from eos_monitor.verdicts.steps import StepBuffer, follows
 
 WATCHING = "watching this fit"
 _CARRYING = "carrying a reading to the settings of its step"
@@ -328,12 +328,12 @@ class MonitoredFit:
 
     def _step_buffer(self) -> StepBuffer:
         engine = self.engine
-        projections = self._settings.projections
         exact = engine.schedule.every_n_steps is not None  # whoever sets the cadence has set the cost
+        params = trained_parameters(self._optimizers)
         return StepBuffer(
-            trained_parameters(self._optimizers),
+            params,
             self._add_step,
-            movements=True if projections is None and exact else projections,
+            movements=follows(self._settings.projections, params, exact=exact),
             max_overhead=engine.schedule.max_overhead,
             training_seconds=lambda: engine.schedule.training_seconds,
             buffered=1 if exact or self._observers.need_every_loss else _BUFFERED,

@@ -57,13 +57,13 @@ class _Attendance:
 
     def leave(self) -> None:
         if self._farewell is None:
-            flag = torch.ones(1)
+            flag = torch.ones(1, device="cpu")
             self._farewell = (flag, torch.distributed.all_reduce(flag, group=self._group, async_op=True))
 
     def meet(self) -> None:
         if self._farewell is not None:
             raise ProcessLeftError("Expected a process that takes part, got one that has left.")
-        flag = torch.zeros(1)
+        flag = torch.zeros(1, device="cpu")
         torch.distributed.all_reduce(flag, group=self._group)
         if float(flag) > 0.0:
             # All who came know it now, and none of them comes again.

@@ -132,7 +132,7 @@ class ScaledBlock:
         ).spectrum
 
     def _random_vector(self, random: torch.Generator) -> Tensor:
-        return torch.randn(self.size, generator=random, dtype=self.dtype).to(self.device)
+        return torch.randn(self.size, generator=random, dtype=self.dtype, device="cpu").to(self.device)
 
 
 def basis_dtype(weight: Tensor) -> torch.dtype:

@@ -55,7 +55,7 @@ def output_probes(
         return torch.zeros_like(out) if h is None else h.detach()
 
     def signs() -> Tensor:
-        return (2 * torch.randint(0, 2, out.shape, generator=generator) - 1).to(out.device, out.dtype)
+        return (2 * torch.randint(0, 2, out.shape, generator=generator, device="cpu") - 1).to(out.device, out.dtype)
 
     root = _root(product, out.detach(), signs)
     if probes & (probes - 1):
@@ -86,7 +86,7 @@ def probe_gradients(
 
 
 def _hadamard(size: int) -> Tensor:
-    rows = torch.ones(1, 1)
+    rows = torch.ones(1, 1, device="cpu")
     while len(rows) < size:
         rows = torch.cat([torch.cat([rows, rows], 1), torch.cat([rows, -rows], 1)])
     return rows

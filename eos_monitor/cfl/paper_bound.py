@@ -14,7 +14,7 @@ from eos_monitor.cfl.calls import LayerCall
 from eos_monitor.cfl.linear_maps import WeightMap
 from eos_monitor.curvature.lanczos import lanczos
 
-_GRID = torch.linspace(-6.0, 6.0, 1201, dtype=torch.float64)  # has 0, where r″ of Swish is largest
+_GRID = torch.linspace(-6.0, 6.0, 1201, dtype=torch.float64, device="cpu")  # has 0, where r″ of Swish is largest
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def numeric_partition(function: Elementwise) -> Partition:
     """Return the regimes by the rule on a grid of |z| ≤ 20; borders are good to 1e-6 where r″ is smooth."""
     count = round(_GRID_END / _GRID_STEP)
     # Off zero by half a step: 0 is where kinks are, and autograd has to pick a side there.
-    z = (torch.arange(-count, count, dtype=torch.float64) + 0.5) * _GRID_STEP
+    z = (torch.arange(-count, count, dtype=torch.float64, device="cpu") + 0.5) * _GRID_STEP
     try:
         with torch.inference_mode(False), torch.enable_grad():
             first, second = derivatives(function, z)

@@ -337,7 +337,7 @@ def _start_of(layer: LayerCurvature, limit: LayerLimit | None, random: torch.Gen
         return None
     start = layer.start() if limit is None else limit.scale * layer.start()
     length = torch.linalg.vector_norm(start)
-    noise = torch.randn(start.shape, generator=random).to(start.device, start.dtype)
+    noise = torch.randn(start.shape, generator=random, device="cpu").to(start.device, start.dtype)
     mixed: Tensor = start + _RANDOM_SHARE * length / torch.linalg.vector_norm(noise) * noise
     return mixed
 

@@ -66,7 +66,7 @@ class Basis:
         self._generator = generator or torch.Generator().manual_seed(0)
         self._v = torch.empty(capacity, n, dtype=dtype, device=device)
         self._w = torch.empty(capacity, n, dtype=dtype, device=device)
-        self._t = torch.zeros(capacity, capacity, dtype=torch.float64)
+        self._t = torch.zeros(capacity, capacity, dtype=torch.float64, device="cpu")
 
     def random_vector(self) -> Tensor:
         """Return a vector of normal numbers."""

@@ -177,7 +177,7 @@ def _windows(batches: Iterable[Any], size: int, sum_over_ranks: SumOverRanks | N
             failure = error  # raised once the others, who wait in the sum, know
         complete = len(window) == size
         if sum_over_ranks is not None:
-            complete = float(sum_over_ranks(torch.tensor([float(not complete)]))) == 0.0
+            complete = float(sum_over_ranks(torch.tensor([float(not complete)], device="cpu"))) == 0.0
         if failure is not None:
             raise failure
         if not complete:

@@ -138,7 +138,7 @@ def spectral_density(
     if width is None:
         width = _resolved_range(low, high, basis.dtype) / steps
     if isinstance(grid, int):
-        grid = torch.linspace(low - 4 * width, high + 4 * width, grid, dtype=torch.float64)
+        grid = torch.linspace(low - 4 * width, high + 4 * width, grid, dtype=torch.float64, device="cpu")
     grid = grid.detach().double().cpu()
     bumps = torch.exp(-(((grid[:, None, None] - nodes) / width) ** 2) / 2) / (width * math.sqrt(2 * math.pi))
     density, density_error = _mean_and_error(bumps, weights, n)

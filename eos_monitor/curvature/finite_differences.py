@@ -173,7 +173,7 @@ def _asymmetry(
     v = direction.to(along.dtype)
     w = along - product.to(along.dtype)
     generator = torch.Generator().manual_seed(0)
-    random = torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.device, v.dtype)
+    random = torch.randn(v.shape, generator=generator, dtype=torch.float64, device="cpu").to(v.device, v.dtype)
     # Where the product is none of J's the difference points to why; else any direction will do.
     w = random if float(w.norm()) <= _SMOOTH_TOLERANCE * float(along.norm()) else w
     w = w - (w @ v) * v

@@ -213,7 +213,7 @@ def _settle(basis: Basis, audit: Audit, k: int, columns: int, stop: _Stop, most:
         theta, s = basis.rayleigh_ritz()
         count = min(columns, len(theta))
         residual_vectors = basis.residuals(theta, s, count)
-        lengths = torch.tensor([length_of(vector) for vector in residual_vectors], dtype=torch.float64)
+        lengths = torch.tensor([length_of(vector) for vector in residual_vectors], dtype=torch.float64, device="cpu")
         excess = (theta[:count] + lengths - audit.enough(theta, k))[k:]
         if not bool((excess > 0.0).any()):
             break
@@ -249,7 +249,7 @@ def _go_on(basis: Basis, k: int, stop: _Stop, max_matvecs: int, matvecs: int) ->
         theta, s = basis.rayleigh_ritz()
         top = min(k, len(theta))
         residual_vectors = basis.residuals(theta, s, top)  # (top, n)
-        residuals = torch.tensor([length_of(vector) for vector in residual_vectors], dtype=torch.float64)
+        residuals = torch.tensor([length_of(vector) for vector in residual_vectors], dtype=torch.float64, device="cpu")
         open_pairs = residuals > stop.tolerances(theta[:top])
         # With n basis vectors the residuals are rounding.
         converged = basis.count == basis.n or (top == k and not bool(open_pairs.any()))

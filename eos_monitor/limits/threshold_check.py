@@ -155,7 +155,7 @@ class _AgedOptimizer:
         seed: int,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.params = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes]
+        self.params = [nn.Parameter(torch.zeros(shape, dtype=torch.float64, device="cpu")) for shape in shapes]
         self.size = sum(p.numel() for p in self.params)
         self.hessian = _random_hessian(self.size, generator)
         self.optimizer = factory(self.params)
@@ -163,12 +163,12 @@ class _AgedOptimizer:
             raise ValueError("Expected `optimizer_factory` to train the parameters that it is given, got others.")
         self._curvature()
         # Gradients with a size of their own for each coordinate spread the second moments.
-        self.spread = 10 ** (2 * torch.rand(self.size, generator=generator, dtype=torch.float64) - 1)
+        self.spread = 10 ** (2 * torch.rand(self.size, generator=generator, dtype=torch.float64, device="cpu") - 1)
         for _ in range(steps):
-            x = torch.randn(self.size, generator=generator, dtype=torch.float64)
+            x = torch.randn(self.size, generator=generator, dtype=torch.float64, device="cpu")
             self._place_at(x, self.spread * (self.hessian @ x))
             self.optimizer.step()
-        nothing = torch.zeros(self.size, dtype=torch.float64)
+        nothing = torch.zeros(self.size, dtype=torch.float64, device="cpu")
         self._place_at(nothing, nothing)
         curvature = self._curvature()
         if curvature.c is None:
@@ -182,7 +182,7 @@ class _AgedOptimizer:
     def check(self) -> _Row:
         """Return where the formula puts the edge, and where it is."""
         from_state, from_gradient = self._maps()
-        gradient = torch.zeros(self.size, len(from_state), dtype=torch.float64)
+        gradient = torch.zeros(self.size, len(from_state), dtype=torch.float64, device="cpu")
 
         def multipliers(scale: float) -> Tensor:
             gradient[:, : self.size] = self.sign * scale * self.hessian
@@ -216,7 +216,9 @@ class _AgedOptimizer:
         room = curvature.c.double() - curvature.l2.double()
         if bool((room <= 0.0).any()):
             raise ValueError("Expected weight decay that is stable by itself, got c − l2 <= 0.")
-        places = {id(p): part for p, part in zip(self.params, self._cut(torch.arange(self.size)), strict=True)}
+        places = {
+            id(p): part for p, part in zip(self.params, self._cut(torch.arange(self.size, device="cpu")), strict=True)
+        }
         order = torch.cat([places[id(p)].reshape(-1) for p in curvature.params])
         scale = room.rsqrt()
         largest = float(torch.linalg.eigvalsh(scale[:, None] * self.hessian[order][:, order] * scale)[-1])
@@ -260,10 +262,10 @@ class _AgedOptimizer:
         """Return the matrices of the step, from parameters and momentum and from the gradient."""
         rest = self._after()
         states = self.size + sum(self._tensor(self.optimizer, place).numel() for place in self.momentum)
-        units = _PROBE * torch.eye(states + self.size, dtype=torch.float64)
+        units = _PROBE * torch.eye(states + self.size, dtype=torch.float64, device="cpu")
         columns = [self._after(unit[:states], unit[states:]) - rest for unit in units]
         matrix = torch.stack(columns, dim=1) / _PROBE
-        probe = torch.randn(len(units), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        probe = torch.randn(len(units), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
         moved = (self._after(_PROBE * probe[:states], _PROBE * probe[states:]) - rest) / _PROBE
         off = float((moved - matrix @ probe).norm() / moved.norm())
         if not off <= _EXACT:
@@ -297,7 +299,7 @@ class _AgedOptimizer:
                 targets = [*copies, *(tensors[place] for place in self.momentum)]
                 for target, part in zip(targets, torch.split(state, [t.numel() for t in targets]), strict=True):
                     target.copy_(part.view(target.shape))
-        zero = torch.zeros(self.size, dtype=torch.float64)
+        zero = torch.zeros(self.size, dtype=torch.float64, device="cpu")
         for copy, part in zip(copies, self._cut(zero if gradient is None else gradient), strict=True):
             copy.grad = part.clone()
         torch.manual_seed(0)  # of optimizers that draw noise
@@ -373,8 +375,8 @@ def _first_unstable(radius: Callable[[float], float]) -> float:
 
 def _random_hessian(n: int, generator: torch.Generator) -> Tensor:
     """Return a positive definite matrix with λ_max = 1 and eigenvalues over a decade."""
-    q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
-    hessian: Tensor = q @ torch.diag(10 ** torch.linspace(-1, 0, n, dtype=torch.float64)) @ q.T
+    q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64, device="cpu"))[0]
+    hessian: Tensor = q @ torch.diag(10 ** torch.linspace(-1, 0, n, dtype=torch.float64, device="cpu")) @ q.T
     return hessian
 
 

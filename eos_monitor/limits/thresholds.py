@@ -301,5 +301,5 @@ def _flat(values: Sequence[float | Tensor], params: Sequence[Tensor]) -> Tensor:
         if isinstance(value, (float, int)):
             piece.fill_(value)
         else:
-            piece.view(p.shape).copy_(torch.as_tensor(value).detach())
+            piece.view(p.shape).copy_(torch.as_tensor(value, device=p.device).detach())
     return flat

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from eos_monitor.dashboard.report import run_report
 from eos_monitor.isolation.sandbox import LossFn, Sandbox
 from eos_monitor.monitor.loss_match import LossMatch
 from eos_monitor.monitor.ranks import Ranks
+from eos_monitor.monitor.rows import Rows
 from eos_monitor.readings.gauge import Gauge
 from eos_monitor.readings.guard import MEASURING, Guard, everywhere
 from eos_monitor.readings.reading import Measurement, StabilityReading
@@ -79,7 +80,7 @@ class Engine:
         self.samples = ProbeSamples(probe)
         self.detector = InstabilityDetector()
         self.readings: list[StabilityReading] = []
-        self.rows: list[dict[str, Any]] = []
+        self.rows = Rows()
         self.verdicts: list[tuple[int, Verdict]] = []
         self.run_id = uuid.uuid4().hex[:12]  # from the operating system, not from a generator of the run's
         self.last_step: int | None = None
@@ -275,8 +276,7 @@ class Engine:
                 f"{reading.residual:.1e}); such readings are marked and do not move the verdict.",
             )
         verdict = self.add_step(reading.step, reading=reading)
-        bookkeeping = {"run": self.run_id, "verdict": verdict.name, "overhead": self.schedule.overhead}
-        self.rows.append(bookkeeping | asdict(reading))
+        self.rows.add(self.run_id, verdict.name, self.schedule.overhead, reading)
         return verdict
 
     def _settle_size(self) -> None:

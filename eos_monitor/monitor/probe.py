@@ -29,7 +29,7 @@ from eos_monitor.readings.reading import Measurement, StabilityReading
 from eos_monitor.readings.settings import Probe, Solver, names_moved_arguments
 from eos_monitor.verdicts.change import Change
 from eos_monitor.verdicts.detector import Verdict
-from eos_monitor.verdicts.steps import StepBuffer
+from eos_monitor.verdicts.steps import StepBuffer, follows
 
 _LOG = logging.getLogger("eos_monitor")
 _LOOKING_AHEAD = "looking ahead at what schedulers will set"
@@ -56,7 +56,7 @@ class StabilityProbe:
         schedulers: Schedulers that are stepped after each optimizer step, wrapped or not, to look ahead; one that is
             stepped otherwise as :class:`.Scheduled`.
         projections: Follow each update, at one copy of the parameters and six passes over them a step; None for if it
-            fits into the budget.
+            fits into the budget, and with ``every_n_steps`` for nets of up to 2²⁴ parameters in any case.
         alerts: What to do on a change of verdict: ``"log"`` (Python's logger ``eos_monitor``), a
             :class:`JSONLinesSink`, a :class:`WebhookSink`, or any function of an :class:`Alert`.
         verify: When to compare the run before and after a reading: ``"first"`` (until the first complete one),
@@ -128,10 +128,11 @@ class StabilityProbe:
         self._engine.tell = _say
         if not self._probe.full_batch:
             self._engine.start_small()
+        params = trained_parameters(self._optimizers)
         self._steps = StepBuffer(
-            trained_parameters(self._optimizers),
+            params,
             self._engine.add_step,
-            movements=True if projections is None and every_n_steps is not None else projections,
+            movements=follows(projections, params, exact=every_n_steps is not None),
             max_overhead=max_overhead,
             training_seconds=lambda: self._engine.schedule.training_seconds,
             tell=_say,

@@ -51,4 +51,6 @@ class Ranks:
 
     def total(self, *values: float) -> list[float]:
         """Return the sums over all processes of some numbers."""
-        return [float(value) for value in self.met_sum(torch.tensor(values, dtype=torch.float64)).tolist()]
+        return [
+            float(value) for value in self.met_sum(torch.tensor(values, dtype=torch.float64, device="cpu")).tolist()
+        ]

@@ -126,7 +126,7 @@ class StartVectors:
 
     def vector(self, like: HessianOperator | EdgeOperator) -> Tensor:
         """Return a Gaussian vector that ``like`` can be applied to."""
-        return torch.randn(like.size, generator=self.generator).to(like.device, like.dtype)
+        return torch.randn(like.size, generator=self.generator, device="cpu").to(like.device, like.dtype)
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,9 @@ def everywhere(action: Callable[[], _T], sum_over_ranks: SumOverRanks | None, wh
         result = action()
     except Exception:
         if sum_over_ranks is not None:
-            sum_over_ranks(torch.ones(1))
+            sum_over_ranks(torch.ones(1, device="cpu"))
         raise
-    if sum_over_ranks is not None and float(sum_over_ranks(torch.zeros(1))) > 0.0:
+    if sum_over_ranks is not None and float(sum_over_ranks(torch.zeros(1, device="cpu"))) > 0.0:
         raise RuntimeError(f"Expected every process to have {what}, got a failure on another one.")
     return result
 

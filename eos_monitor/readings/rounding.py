@@ -99,7 +99,9 @@ class Rounding:
 
 def nonlinearity(operator: EdgeOperator) -> float:
     """Return ``‖A(v + w) − Av − Aw‖`` with w along Av, relative to ``‖Aw‖`` and for unit vectors v and w."""
-    v = torch.randn(operator.size, generator=torch.Generator().manual_seed(0)).to(operator.device, operator.dtype)
+    v = torch.randn(operator.size, generator=torch.Generator().manual_seed(0), device="cpu").to(
+        operator.device, operator.dtype
+    )
     v = _unit(v if operator.mask is None else v * operator.mask)
     along = operator.matvec(v)
     w = _unit(along)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -134,8 +135,20 @@ class ProbeSamples:
             return [] if current is None else [current]
         if self._source is not None and not self.batches:
             with preserve_rng():
-                self.batches = list(self._source)
+                self.batches = self._given(self._source)
         return [move_batch(batch, device) for batch in self.batches[: self._in_use]]
+
+    def _given(self, source: Iterable[Any]) -> list[Any]:
+        """Return all batches of a source that has an end, and as many as are wanted of one that may have none."""
+        if _has_end(source):
+            return list(source)
+        taken = []
+        for batch in source:
+            taken.append(batch)
+            self._sizes.append(self._batch_size(batch))
+            if sum(self._sizes) >= self._wanted:
+                break
+        return taken
 
     def _enough(self) -> bool:
         return sum(self._sizes) >= self._wanted or self._bytes >= _MAX_BYTES
@@ -156,6 +169,14 @@ def couples_samples(module: nn.Module) -> bool:
         isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
         for m in module.modules()
     )
+
+
+def _has_end(source: Iterable[Any]) -> bool:
+    try:
+        len(source)  # type: ignore[arg-type]
+    except TypeError:  # an iterator, or a loader of an iterable data set
+        return False
+    return True
 
 
 def _bytes(batch: Any) -> int:

@@ -23,9 +23,10 @@ class Probe:
     Attributes:
         batches: ``"fixed"`` (copies of the first training batches, whole, on the CPU), ``"batch"`` (the batch of the
             step that is measured), or an iterable of batches.
-        samples: Samples to collect for ``"fixed"``, ≥ 1, in whole batches. None chooses: 256 where ``every_n_steps`` is
-            given or a step sees all the data, else one batch first, and once, after the first readings, as many more
-            (256 samples at most) as leave room for 30 readings in the run.
+        samples: Samples to collect for ``"fixed"``, ≥ 1, in whole batches; of an iterable without a length, too, which
+            may have no end. None chooses: 256 of an iterable, and where ``every_n_steps`` is given or a step sees all
+            the data; else one batch first, and once, after the first readings, as many more (256 samples at most) as
+            leave room for 30 readings in the run.
         full_batch: Whether the probe is all the data that a step uses. None finds out: under Lightning an epoch is then
             one step on the probe; in a plain loop it is not.
         batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.

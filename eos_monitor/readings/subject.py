@@ -68,4 +68,4 @@ class Subject:
         """Return the samples of all processes."""
         if self.sum_over_ranks is None:
             return samples
-        return int(self.sum_over_ranks(torch.tensor([float(samples)])))
+        return int(self.sum_over_ranks(torch.tensor([float(samples)], device="cpu")))

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Fits a processor's cache: the passes over a chunk cost little beside its copy.
+# Fits a processor's cache: the passes over a chunk cost little beside its copy. Large nets are cut into so many parts,
+# which takes no longer there, and as many operators whatever their size; each of those has a price of its own.
 _CHUNK = 1 << 17
+_CHUNKS = 128
 _SAMPLED = 256  # of each chunk in the random projection
 
 
@@ -31,8 +33,9 @@ class Movement(NamedTuple):
 class UpdateProjector:
     """Each update in numbers, at the price of one copy of the parameters and six passes over them.
 
-    z has up to 256 Gaussian entries in each part of 2¹⁷ coordinates and is zero elsewhere: it is there to notice a
-    rhythm, which a direction through all parts does.
+    The parameters are cut into parts of 2¹⁷ coordinates, or some 128 larger ones, ten operators each. z has up to 256
+    Gaussian entries in each part and is zero elsewhere: it is there to notice a rhythm, which a direction through all
+    parts does.
 
     Args:
         params: Parameters, in the order of all vectors.
@@ -99,8 +102,13 @@ class _Chunk:
         device = views[0].device
         self._dtype = torch.promote_types(views[0].dtype, torch.float32)
         count = min(self.size, _SAMPLED)
-        self._picked = torch.randperm(self.size, generator=generator)[:count].to(device)
-        self._z = torch.randn(count, generator=generator).to(device, self._dtype)
+        # Drawn twice an entry counts twice; a permutation of a large part takes longer than all the rest.
+        if self.size <= _CHUNK:
+            picked = torch.randperm(self.size, generator=generator, device="cpu")[:count]
+        else:
+            picked = torch.randint(self.size, (count,), generator=generator, device="cpu")
+        self._picked = picked.to(device)
+        self._z = torch.randn(count, generator=generator, device="cpu").to(device, self._dtype)
         self._unknown = self._z.new_tensor(torch.nan)
         self._before: Tensor | None = None
 
@@ -130,14 +138,15 @@ class _Chunk:
 
 
 def _chunked(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut parameters into pieces and join small ones, in order, at most ``_CHUNK`` coordinates each."""
+    """Cut parameters into pieces and join small ones, in order, to at most ``_CHUNK`` or a 128th of all coordinates."""
+    most = max(_CHUNK, sum(p.numel() for p in params) // _CHUNKS)
     chunk: list[Tensor] = []
     for p in params:
         whole = torch.view_as_real(p.detach()) if p.is_complex() else p.detach()
         # A flat view of other memory layouts would be a copy.
-        for piece in torch.split(whole.view(-1), _CHUNK) if whole.is_contiguous() else (whole,):
+        for piece in torch.split(whole.view(-1), most) if whole.is_contiguous() else (whole,):
             kind = (piece.dtype, piece.device)
-            room = _CHUNK - sum(other.numel() for other in chunk)
+            room = most - sum(other.numel() for other in chunk)
             if chunk and (piece.numel() > room or kind != (chunk[0].dtype, chunk[0].device)):
                 yield chunk
                 chunk = []

@@ -19,6 +19,10 @@ BUFFERED = 64  # steps that wait for one another where reading a number has a pr
 FOLLOWING = "following the steps"
 _RISE = 1.4  # of the learning rate, that is not kept waiting
 _TRIAL = 64  # steps after which the cost of following updates is known
+_EARLY = (4, 16)  # and for large nets, where they take long, if it is out of all proportion
+_FAR = 4.0  # times the share
+# Coordinates up to which following updates costs next to nothing beside a step of the net that has them.
+_SMALL = 1 << 24
 _SHARE = 0.25  # of the budget, that following updates may take
 
 _T = TypeVar("_T")
@@ -134,7 +138,9 @@ class StepBuffer:
             factor: Factor on it.
             whole: Whether the step has no other micro-batch.
         """
-        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64)
+        value = (
+            loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64, device="cpu")
+        )
         self._losses.append(value if factor == 1.0 else value * factor)
         self._whole = whole
         if whole and self._buffered == 1 and self._open is not None:
@@ -159,7 +165,10 @@ class StepBuffer:
         if lost or len(self._waiting) >= self._buffered:
             self.flush()
         if self._on_trial and self._ended == _TRIAL:
-            self._judge_cost()
+            self._on_trial = False
+            self._judge_cost(1.0)
+        elif self._on_trial and self._ended in _EARLY and _size(self._params) > _SMALL:
+            self._judge_cost(_FAR)
 
     def flush(self) -> None:
         """Pass on what waits; on every process of a run, or on none."""
@@ -206,8 +215,8 @@ class StepBuffer:
         """Return the means over all processes that have a loss."""
         if self._sum is None:
             return losses
-        known = torch.tensor([float(loss is not None) for loss in losses])
-        values = torch.tensor([0.0 if loss is None else loss for loss in losses], dtype=torch.float64)
+        known = torch.tensor([float(loss is not None) for loss in losses], device="cpu")
+        values = torch.tensor([0.0 if loss is None else loss for loss in losses], dtype=torch.float64, device="cpu")
         sums = self._sum(torch.cat([values, known.double()])).tolist()
         n = len(losses)
         return [total / count if count else None for total, count in zip(sums[:n], sums[n:], strict=True)]
@@ -219,17 +228,32 @@ class StepBuffer:
         foreseen = ahead is not None and bool(self._last_lr) and ahead >= _RISE * self._last_lr[0]
         return foreseen or any(b >= _RISE * a > 0.0 for a, b in zip(last, self._last_lr, strict=False))
 
-    def _judge_cost(self) -> None:
-        """Give up following the updates if that takes more than its share."""
-        self._on_trial = False
+    def _judge_cost(self, tolerance: float) -> None:
+        """Give up following the updates if that takes more than ``tolerance`` times its share."""
         share = self._spent / max(self._training_seconds() - self._began, 1e-9)
-        if self._from_first(share > _SHARE * self._max_overhead) and self._projector is not None:
+        if self._from_first(share > tolerance * _SHARE * self._max_overhead) and self._projector is not None:
             self._projector = None
             self._movement = None
+            self._on_trial = False
             self._tell(
                 f"updates are not followed, because that would take {share:.1%} of the training time; projections=True "
                 "follows them all the same"
             )
+
+
+def follows(projections: bool | None, params: Sequence[Tensor], *, exact: bool) -> bool | None:
+    """Return whether to follow updates where the user has said ``projections``; None for if it fits into the budget.
+
+    Args:
+        projections: What the user has said; None for nothing.
+        params: The parameters.
+        exact: Whether nothing should depend on a clock: nets that are not large are followed then in any case.
+    """
+    return True if projections is None and exact and _size(params) <= _SMALL else projections
+
+
+def _size(params: Sequence[Tensor]) -> int:
+    return sum(p.numel() for p in params)
 
 
 def _read(tensors: list[Tensor | None], size: int) -> list[list[float] | None]:

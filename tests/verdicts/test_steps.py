@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eos_monitor.verdicts.steps import StepBuffer, kind_of
+from eos_monitor.verdicts.steps import StepBuffer, follows, kind_of
 
 
 class Taken(list):
@@ -187,3 +187,23 @@ def test_time_that_readings_take_does_not_make_following_updates_look_cheap() ->
         taken.clear()
         run(StepBuffer([p], taken, training_seconds=seconds), p, 70)
         assert max(step for step, _ in taken.of("relative_update")) == last
+
+
+def large_parameter() -> nn.Parameter:
+    return nn.Parameter(torch.ones(1, device="meta").expand(1 << 25), requires_grad=False)
+
+
+def test_a_cadence_does_not_force_updates_of_large_nets_to_be_followed() -> None:
+    assert follows(None, [a_parameter()], exact=True) is True
+    assert follows(None, [large_parameter()], exact=True) is None  # if it fits into the budget
+    assert follows(True, [large_parameter()], exact=True) is True
+    assert follows(False, [a_parameter()], exact=True) is False
+    assert follows(None, [a_parameter()], exact=False) is None
+
+
+def test_a_large_net_is_given_up_before_the_trial_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, taken, told = a_parameter(), Taken(), []
+    monkeypatch.setattr("eos_monitor.verdicts.steps._SMALL", 3)
+    run(StepBuffer([p], taken, max_overhead=1e-9, tell=told.append), p, 20)
+    assert len(told) == 1
+    assert max(step for step, _ in taken.of("relative_update")) == 3
