@@ -88,9 +88,10 @@ def largest_possible(diagonal: list[float], beside: list[float], share: float) -
     if not all(b > 0.0 for b in beside):  # the space is invariant, and holds all that the start has a part of
         return -math.inf
     m = len(diagonal)
-    t = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    t += torch.diag(torch.tensor(beside[: m - 1], dtype=torch.float64), 1)
-    t += torch.diag(torch.tensor(beside[: m - 1], dtype=torch.float64), -1)
+    # On the CPU, wherever the user lets tensors be made by default.
+    off = torch.tensor(beside[: m - 1], dtype=torch.float64, device="cpu")
+    t = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
+    t += torch.diag(off, 1) + torch.diag(off, -1)
     low = float(torch.linalg.eigvalsh(t)[-1])
     # |p₁ … pₘ| ≥ ((λ − θ) / β)ⁱ here, so that even p₁ alone excludes what lies this far out.
     high = low + max(beside) / math.sqrt(share)

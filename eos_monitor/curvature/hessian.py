@@ -21,7 +21,7 @@ from eos_monitor.curvature.finite_differences import (
 from eos_monitor.curvature.gradient_graph import GradientGraph, flatten
 from eos_monitor.curvature.paths import check_parameters, check_paths, trained_but_unreached, unreached
 from eos_monitor.curvature.precision import PrecisionWatch, Widened
-from eos_monitor.curvature.spread import Moments, Spread, parts_of, spread_of
+from eos_monitor.curvature.spread import Moments, Spread, couples_samples, parts_of, spread_of
 from eos_monitor.isolation.batches import batch_size, doubt_about_samples, is_time_first
 from eos_monitor.isolation.sandbox import LossFn, Sandbox, Stage, check_loss, preserve_rng
 
@@ -95,6 +95,7 @@ class HessianOperator:
         if not self._batches:
             raise ValueError("Expected at least one batch, got none.")
         self._batch_size = batch_size_fn or batch_size
+        self._coupled = couples_samples(module)
         self._time_first = batch_size_fn is None and is_time_first(module)
         self._samples = [self._batch_size(batch) for batch in self._batches]
         self.doubt = None if batch_size_fn else doubt_about_samples(module, self._batches, self._samples)
@@ -213,15 +214,14 @@ class HessianOperator:
     def spread(self, u: Tensor, scale: Tensor, least: int) -> Spread | None:
         """Return how much ``S H_b S u`` varies over the probe, with S = diag(scale); None if it has too few parts.
 
-        The parts b are the batches, or equal slices of them where there are fewer than ``least``. Costs one product on
-        rebuilt graphs.
+        Its parts b are the batches, or equal slices where they are fewer than ``least``. Costs a product, rebuilt.
 
         Args:
             u: Unit vector, ``(n,)``.
             scale: Diagonal of S, ``(n,)`` or ``(1,)``.
             least: Parts that are needed, on each process.
         """
-        parts, sliced, enough = parts_of(self._batches, least)
+        parts, sliced, enough = parts_of(self._batches, least, coupled=self._coupled)
         weights = [self._batch_size(part) for part in parts]
         # Slices of time are no samples.
         enough = enough and (not sliced or (sum(weights) == self.samples and not self._time_first))

@@ -9,6 +9,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 _NAMED = 3  # parameters that an error names
+_SINGLE_ONLY = ("mps",)  # devices on which sums cannot be taken in double precision
 
 
 def check_paths(loss: Tensor, aliases: Sequence[Tensor], params: Sequence[Tensor], names: Mapping[int, str]) -> None:
@@ -56,6 +57,11 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     for p in params:
         if not p.is_floating_point():
             raise TypeError(f"Expected real floating-point parameters, got {p.dtype}.")
+        if p.device.type in _SINGLE_ONLY:
+            raise TypeError(
+                f"Expected parameters on a device with double precision, got {p.device.type!r}, which has none. "
+                "Measure a copy on the CPU with measure_stability."
+            )
 
 
 def unreached(missing: Sequence[Tensor], total: int, names: Mapping[int, str], why: str) -> RuntimeError:

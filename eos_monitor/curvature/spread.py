@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eos_monitor.isolation.batches import split_batch
 
@@ -74,13 +74,22 @@ class Moments:
         self.total[-1] = 1.0
 
 
-def parts_of(batches: Sequence[Any], least: int) -> tuple[list[Any], bool, bool]:
+def couples_samples(module: nn.Module) -> bool:
+    """Whether some layer normalizes by statistics of the batch, so that a part of a batch has another loss."""
+    return any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
+        for m in module.modules()
+    )
+
+
+def parts_of(batches: Sequence[Any], least: int, *, coupled: bool) -> tuple[list[Any], bool, bool]:
     """Return the batches, or slices of them where they are fewer than ``least``; whether sliced, and whether all are.
 
-    A batch that cannot be sliced is left out.
+    A batch that cannot be sliced is left out. Where batch statistics couple the samples, slices have four at least.
     """
     slices = -(-least // len(batches))
-    split = [split_batch(batch, slices, _SMALLEST_SLICE) if slices > 1 else [batch] for batch in batches]
+    smallest = _SMALLEST_SLICE if coupled else 1
+    split = [split_batch(batch, slices, smallest) if slices > 1 else [batch] for batch in batches]
     return [part for pieces in split for part in pieces or ()], slices > 1, all(pieces is not None for pieces in split)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from eos_monitor.curvature.spread import couples_samples
 from eos_monitor.dashboard.report import run_report
 from eos_monitor.isolation.sandbox import LossFn, Sandbox
 from eos_monitor.monitor.loss_match import LossMatch
@@ -19,7 +20,7 @@ from eos_monitor.monitor.rows import Rows
 from eos_monitor.readings.gauge import Gauge
 from eos_monitor.readings.guard import MEASURING, Guard, everywhere
 from eos_monitor.readings.reading import Measurement, StabilityReading
-from eos_monitor.readings.samples import HALVED, ProbeSamples, couples_samples
+from eos_monitor.readings.samples import HALVED, ProbeSamples
 from eos_monitor.readings.schedule import Schedule
 from eos_monitor.readings.settings import Probe, Solver
 from eos_monitor.verdicts.change import Change

@@ -47,4 +47,4 @@ class Pause:
         late = self._clock() - self._began > _SOLVING * self.seconds
         if self._sum_over_ranks is None:
             return late
-        return bool(self._sum_over_ranks(torch.tensor([float(late)])) > 0.0)
+        return bool(self._sum_over_ranks(torch.tensor([float(late)], device="cpu")) > 0.0)

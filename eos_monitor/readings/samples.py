@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from eos_monitor.isolation.batches import batch_size, batch_tensors, clone_batch, move_batch, split_batch
 from eos_monitor.isolation.sandbox import preserve_rng
@@ -161,14 +160,6 @@ class ProbeSamples:
             return "the batches given"
         growing = ", to be more where the budget has room" if self.small else ""
         return f"the first {self.samples} training samples{growing}"
-
-
-def couples_samples(module: nn.Module) -> bool:
-    """Whether some layer normalizes by statistics of the batch, so that a part of a batch has another loss."""
-    return any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
-        for m in module.modules()
-    )
 
 
 def _has_end(source: Iterable[Any]) -> bool:

@@ -57,7 +57,7 @@ class UpdateProjector:
         sizes = [chunk.size for chunk in self._chunks]
         parts: Sequence[Tensor | None] = [None] * len(sizes) if w is None else torch.split(w.detach(), sizes)
         for chunk, part in zip(self._chunks, parts, strict=True):
-            chunk.w = part
+            chunk.w = None if part is None else part.to(chunk.device)
 
     def before(self) -> None:
         """Copy the parameters, before an update."""
@@ -78,7 +78,9 @@ class UpdateProjector:
         self._begun = False
         if not begun or self._places != _addresses(self._params):
             return None
-        values = torch.stack([value for chunk in self._chunks for value in chunk.compare()]).double()
+        # A net may be spread over several devices.
+        device = self._params[0].device
+        values = torch.stack([value.to(device) for chunk in self._chunks for value in chunk.compare()]).double()
         return values if len(self._chunks) == 1 else values.view(-1, 4).sum(0)
 
     def _view(self) -> None:
@@ -99,7 +101,7 @@ class _Chunk:
         self._flat = all(view.dim() == 1 for view in views)
         self.size = sum(view.numel() for view in views)
         self.w: Tensor | None = None
-        device = views[0].device
+        self.device = views[0].device
         self._dtype = torch.promote_types(views[0].dtype, torch.float32)
         count = min(self.size, _SAMPLED)
         # Drawn twice an entry counts twice; a permutation of a large part takes longer than all the rest.
@@ -107,8 +109,8 @@ class _Chunk:
             picked = torch.randperm(self.size, generator=generator, device="cpu")[:count]
         else:
             picked = torch.randint(self.size, (count,), generator=generator, device="cpu")
-        self._picked = picked.to(device)
-        self._z = torch.randn(count, generator=generator, device="cpu").to(device, self._dtype)
+        self._picked = picked.to(self.device)
+        self._z = torch.randn(count, generator=generator, device="cpu").to(self.device, self._dtype)
         self._unknown = self._z.new_tensor(torch.nan)
         self._before: Tensor | None = None
 

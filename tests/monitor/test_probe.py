@@ -234,9 +234,9 @@ def test_automatic_cadence_looks_again_soon_while_adam_warms_up() -> None:
     net = seeded(Net)
     adam = Adam(net.parameters(), lr=1e-3)
     probe = StabilityProbe(net, adam, loss_fn, probe=Probe(samples=8))
-    train(net, [adam], 44, probe)
-    assert [r.step for r in probe.readings] == [3, 13, 23, 33, 43]
-    assert [r.ready for r in probe.readings] == [False] * 4 + [True]
+    train(net, [adam], 34, probe)
+    assert [r.step for r in probe.readings] == [3, 13, 23, 33]
+    assert [r.ready for r in probe.readings] == [False] * 3 + [True]
 
 
 @pytest.mark.parametrize("loss", [math.nan, torch.tensor(math.inf)], ids=["float", "tensor"])

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from eos_monitor.curvature.spread import couples_samples
 from eos_monitor.isolation.batches import batch_tensors
 from eos_monitor.readings import samples as samples_module
-from eos_monitor.readings.samples import ProbeSamples, couples_samples
+from eos_monitor.readings.samples import ProbeSamples
 from eos_monitor.readings.settings import Probe
 
 CPU = torch.device("cpu")
