@@ -62,8 +62,11 @@ class _Stop:
         tolerances = torch.clamp(self.rtol * (theta - self.shift).abs(), min=self.atol)
         return tolerances if self.reachable is None else torch.maximum(tolerances, self.reachable() * theta.abs())
 
+    def is_up(self) -> bool:
+        return self.late is not None and self.late()
+
     def is_late(self, matvecs: int) -> bool:
-        return self.late is not None and matvecs >= _LEAST_PRODUCTS and self.late()
+        return matvecs >= _LEAST_PRODUCTS and self.is_up()
 
 
 def lanczos(
@@ -238,7 +241,8 @@ def _iterate(
 ) -> tuple[Spectrum, Tensor, Tensor]:
     matvecs = 0
     for start in _start_vectors(v0, basis):
-        if matvecs < max_matvecs and not stop.is_late(matvecs) and basis.add(start):
+        # Where the time is short, one column of the block, and then two that are new.
+        if matvecs < max_matvecs and not (matvecs > 0 and stop.is_up()) and basis.add(start):
             matvecs += 1
     return _go_on(basis, k, stop, max_matvecs, matvecs)
 

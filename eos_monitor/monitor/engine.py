@@ -283,7 +283,7 @@ class Engine:
     def _settle_size(self) -> None:
         """Let the probe grow as far as the budget and a pause have room, once, after its first warm readings."""
         ready = sum(reading.edge_ratio is not None for reading in self.readings)
-        if ready < _SETTLED_AFTER or (self.samples.collecting and ready < 2 * _SETTLED_AFTER):
+        if ready < _SETTLED_AFTER or self.samples.collecting:
             return
         schedule = self.schedule
         steps = self.expected_steps or _USUAL_STEPS

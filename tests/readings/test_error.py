@@ -1,6 +1,7 @@
 """The error of a reading on a sample, against the value on the whole data set."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator, eigsh
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eos_monitor import Solver, measure_stability
 from eos_monitor.readings.gauge import Gauge
@@ -120,14 +122,63 @@ def test_whole_probe_has_no_sampling_error() -> None:
     assert part.error == pytest.approx(np.hypot(part.sampling_error, part.residual * part.edge_ratio))
 
 
-@pytest.mark.parametrize("samples", [16, 31])
-def test_too_few_samples_for_eight_slices_leave_it_unknown(samples: int) -> None:
+@pytest.mark.parametrize(("samples", "coupled"), [(7, False), (16, True), (31, True)])
+def test_too_few_samples_for_eight_slices_leave_it_unknown(samples: int, coupled: bool) -> None:
     x, y = digits()
-    net = mlp()
+    net = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16) if coupled else nn.Tanh(), nn.Linear(16, 10))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     reading = measure_stability(net, squared_error, [(x[:samples], y[:samples])], optimizer)
     assert reading.sampling_error is None
     assert reading.error == pytest.approx(reading.residual * reading.edge_ratio)
+
+
+class Characters(nn.Module):
+    """A small character model."""
+
+    def __init__(self, vocabulary: int, length: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, 32)
+        self.place = nn.Parameter(0.02 * torch.randn(length, 32))
+        layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, activation="gelu", batch_first=True)
+        self.block = layer
+        self.head = nn.Linear(32, vocabulary)
+        self.register_buffer("ahead", torch.full((length, length), -torch.inf).triu(1))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.token(ids) + self.place, src_mask=self.ahead))
+
+
+def next_character(net: Any, ids: Any) -> torch.Tensor:
+    return F.cross_entropy(net(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.mark.slow
+def test_error_of_eight_sequences_covers_the_value_on_512() -> None:
+    """A loss that averages over positions: slices of one sequence are parts enough."""
+    torch.set_num_threads(1)
+    text = Path(nn.modules.module.__file__).read_text(encoding="utf-8")
+    letters = {c: i for i, c in enumerate(sorted(set(text)))}
+    ids = torch.tensor([letters[c] for c in text])
+    g = torch.Generator().manual_seed(1)
+
+    def sequences(count: int) -> torch.Tensor:
+        starts = torch.randint(len(ids) - 33, (count,), generator=g).tolist()
+        return torch.stack([ids[start : start + 33] for start in starts])
+
+    torch.manual_seed(0)
+    net = Characters(len(letters), 32)
+    adamw = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for _ in range(150):
+        adamw.zero_grad()
+        next_character(net, sequences(8)).backward()
+        adamw.step()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        truth = 0.05 * true_sharpness(net, next_character, sequences(512))
+    readings = [measure_stability(net, next_character, [sequences(8)], sgd) for _ in range(40)]
+    covered = [abs((r.edge_ratio or 0.0) - truth) <= 2 * (r.error or 0.0) for r in readings]
+    assert np.mean(covered) >= 0.90
+    assert np.median([(r.error or 0.0) / (r.edge_ratio or 1.0) for r in readings]) <= 0.3
 
 
 def test_a_loss_that_needs_whole_batches_still_gives_a_reading() -> None:
