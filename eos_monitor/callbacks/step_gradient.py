@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from eos_monitor.callbacks.losses import MeasuredLoss
@@ -13,6 +14,7 @@ from eos_monitor.isolation.twin import as_list, trained_parameters
 from eos_monitor.isolation.wrappers import bare_optimizer
 from eos_monitor.monitor.engine import Engine
 from eos_monitor.monitor.loss_match import COMPARING, agreement, is_repeated, measured_gradient
+from eos_monitor.optim.relaxation import Relaxation
 from eos_monitor.readings.settings import Probe
 
 _MOST_BATCHES = 32  # of one step
@@ -58,7 +60,7 @@ class StepGradient:
         self._stepped = False  # in the batch before
         self._gradient: Tensor | None = None  # of the measured loss, summed over the step's batches so far
         self._batches = 0
-        self._versions: list[int] = []  # of the parameters that it was taken at
+        self._versions: list[tuple[int, float]] = []  # of the parameters that it was taken at
         self._generators: Generators | None = None  # where a claim hangs on their being left alone
         self._states: list[Any] = []
         self._repeats = False
@@ -98,6 +100,8 @@ class StepGradient:
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(self._optimizers[0], "_step_supports_amp_scaling", False):
             return False  # fused: it unscales inside of its step
+        if isinstance(self._optimizers[0], Relaxation):
+            return False  # each of its evaluations is of another part of the batch
         if self._given and not self._probe.full_batch:
             return False  # of a form that training's batches need not have
         hooked = any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in self._parameters())
@@ -155,8 +159,9 @@ class StepGradient:
     def _sandbox(self) -> TrainerSandbox:
         return TrainerSandbox(self._trainer, self._module)
 
-    def _versions_now(self) -> list[int]:
-        return [p._version for p in self._module.parameters()]
+    def _versions_now(self) -> list[tuple[int, float]]:
+        # What is set through `.data` has the same version, but hardly the same norm.
+        return [(p._version, float(torch.linalg.vector_norm(p.detach()))) for p in self._module.parameters()]
 
 
 def _overrides(callback: Any, hook: str) -> bool:

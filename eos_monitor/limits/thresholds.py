@@ -14,12 +14,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from eos_monitor.curvature.norms import quadratic_form
 from eos_monitor.isolation.twin import as_list
 
 Group = Mapping[str, Any]
@@ -48,6 +50,7 @@ class Limit(NamedTuple):
 Rule = Callable[[Group, Tensor, State], Any]
 _R = TypeVar("_R", bound=Rule)
 _RULES: dict[type[Optimizer], Rule] = {}
+_ALIKE = 1.01  # thresholds of groups up to this factor apart are one number
 
 
 class Source(NamedTuple):
@@ -85,6 +88,7 @@ class CriticalCurvature:
         ready: Whether every adaptive state is old enough: more than max(10, 3/(1 − β1)) steps.
         without_threshold: Names of the optimizers without a known threshold, with a word why where it is known.
         notes: What a reader must know beside the numbers, in words.
+        thresholds: Limit of each parameter; None where it has none.
     """
 
     c: Tensor | None  # (n,)
@@ -96,6 +100,33 @@ class CriticalCurvature:
     ready: bool = True
     without_threshold: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    thresholds: tuple[float | None, ...] = ()
+
+    def threshold_along(self, mode: Tensor) -> float | None:
+        """Return the common threshold, or the mean of thresholds that agree within 1 %, weighted by their mode's share.
+
+        Those of AdamW's groups with decay and without differ by lr·wd/2 or so.
+
+        Args:
+            mode: Critical mode x, ``(n,)``; the share of a coordinate is cᵢ xᵢ².
+        """
+        known = [threshold for threshold in self.thresholds if threshold is not None]
+        if self.threshold is not None or self.without_threshold or not known or self.c is None:
+            return self.threshold
+        if not 0.0 < max(known) <= _ALIKE * min(known):
+            return None
+        total = 0.0
+        weighted = 0.0
+        stop = 0
+        runs = groupby(zip(self.thresholds, self.params, strict=True), key=lambda pair: pair[0])
+        for threshold, members in runs:
+            start = stop
+            stop += sum(p.numel() for _, p in members)
+            if threshold is not None:
+                share = quadratic_form(self.c[start:stop].to(mode.device), mode[start:stop])
+                total += share
+                weighted += share * threshold
+        return weighted / total if total > 0.0 else None
 
 
 def register_critical_curvature(optimizer_class: type[Optimizer]) -> Callable[[_R], _R]:
@@ -194,6 +225,7 @@ def critical_curvature(
         ready=all(limit.ready for limit in known) and all(entry.position in begun for entry in entries),
         without_threshold=tuple(unknown),
         notes=tuple(dict.fromkeys(note for note in notes if note)),
+        thresholds=tuple(None if limit is None else limit.threshold for limit in limits),
     )
 
 

@@ -132,7 +132,7 @@ class Gauge:
             loss = operator.loss if operator.loss is not None else operator.evaluate()
             self._step = operator.step
         found = (self.check_note, self._rounding.note, self._sampling.note, operator.doubt, self._cut_note(reading))
-        reading = replace(reading, loss=loss, notes=_notes(curvature, operator, _own_note(own), *found))
+        reading = replace(reading, loss=loss, notes=_notes(curvature, operator, reading, _own_note(own), *found))
         if curvature.ready and not self.products_are_wrong:
             without = bool(curvature.without_threshold)
             reading = with_state_gauges(reading, subject, without_threshold=without, accumulate=accumulate)
@@ -313,6 +313,7 @@ def _with_numbers(
     r = solution.top
     spectrum = solution.spectrum
     residual = float(spectrum.residuals[0])
+    threshold = curvature.threshold_along(solution.mode)
     return replace(
         reading,
         edge_ratio=r,
@@ -320,8 +321,8 @@ def _with_numbers(
         error=math.hypot(max(residual, rounding), solution.open, sampling or 0.0),
         sampling_error=sampling,
         residual=residual / abs(r) if r else 0.0,
-        threshold=curvature.threshold,
-        normalized_sharpness=None if curvature.threshold is None else r * curvature.threshold,
+        threshold=threshold,
+        normalized_sharpness=None if threshold is None else r * threshold,
         sharpness=_free_sharpness(r, curvature),
         edge_scale=scale,
         edge_lr=None if scale is None else tuple(scale * lr for lr in reading.lr),
@@ -330,12 +331,19 @@ def _with_numbers(
     )
 
 
-def _notes(curvature: CriticalCurvature, operator: HessianOperator, *found: str | None) -> tuple[str, ...]:
+def _notes(
+    curvature: CriticalCurvature, operator: HessianOperator, reading: StabilityReading, *found: str | None
+) -> tuple[str, ...]:
     """Return what a reader should know of the optimizers and parameters, and what was found of the products."""
     notes = []
     if curvature.without_threshold:
         rest = "" if curvature.c is None else "; the edge ratio speaks of the other groups"
         notes.append(f"no known threshold for {', '.join(curvature.without_threshold)}{rest}")
+    elif curvature.threshold is None and reading.threshold is not None:
+        known = [threshold for threshold in curvature.thresholds if threshold is not None]
+        notes.append(
+            f"thresholds of the groups from {min(known):.6g} to {max(known):.6g}: weighted by their share of the mode"
+        )
     elif curvature.c is not None and not curvature.notes and not _can_move(curvature):
         notes.append("no edge at a learning rate of 0")
     notes += curvature.notes

@@ -137,6 +137,7 @@ class Measurement:
             return replace(reading, stale=True)
         s, unsure = carried
         ratio = s * reading.edge_ratio
+        threshold = now.threshold_along(self.mode)
         scale = reading.edge_scale
         if s != 1.0 and scale is not None:
             scale = edge_scale_along(s**0.5 * self.mode, ratio, optimizers)
@@ -149,8 +150,8 @@ class Measurement:
             eigenvalues=tuple(s * value for value in (reading.eigenvalues or ())[: 1 if unsure else None]),
             error=None if reading.error is None else math.hypot(s * reading.error, unsure * ratio),
             sampling_error=None if reading.sampling_error is None else s * reading.sampling_error,
-            threshold=now.threshold,
-            normalized_sharpness=None if now.threshold is None else ratio * now.threshold,
+            threshold=threshold,
+            normalized_sharpness=None if threshold is None else ratio * threshold,
             edge_scale=scale,
             edge_lr=None if scale is None else tuple(scale * value for value in lr),
         )

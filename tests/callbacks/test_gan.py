@@ -223,7 +223,7 @@ def test_layers_of_one_loss_are_those_of_its_optimizer() -> None:
     layers = CFLMonitor(name="cfl")
     monitor = EdgeOfStabilityMonitor(every_n_steps=1, loss_fn={0: generator_loss}, alerts=())
     fit(pl, [monitor, layers])
-    found = {e["layer"] for row in layers._rows for e in row["layers"] if e["cfl_number"]}
+    found = {e["layer"] for row in layers._history for e in row["layers"] if e["cfl_number"]}
     assert found
     assert found <= {"generator.0", "generator.2"}
 

@@ -171,7 +171,7 @@ def test_a_full_basis_makes_room_for_an_audit() -> None:
     operator = Operator(torch.diag(values))
     before = []
 
-    def audit(spectrum: Any, inside: bool) -> Audit:
+    def audit(spectrum: Any, inside: bool, leak: float) -> Audit:
         before.append(spectrum.matvecs)
         z = torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         return Audit(z, 1 / 200, 10, 10, 0.0, 0.0)
