@@ -123,7 +123,6 @@ class MonitoredFit:
         self._introduced = False
         self._told_stale = False
         self._ending = False  # no row can be logged by the module any more
-        self._title = describe_optimizers(self._optimizers)
         self._outputs = RunOutputs(
             trainer, folder, settings.name, settings.alerts, engine.guard, throttle, silent=settings.silent
         )
@@ -322,7 +321,8 @@ class MonitoredFit:
     def _introduce(self, reading: StabilityReading) -> None:
         if not self._introduced and reading.ready:
             self._introduced = True
-            self._outputs.say(f"{self._title}: {describe_start(self.engine, reading, self._loss.name)}")
+            title = describe_optimizers(self._optimizers, [reading])
+            self._outputs.say(f"{title}: {describe_start(self.engine, reading, self._loss.name)}")
 
     # ------------------------------------------------------------------ steps
 
@@ -395,4 +395,4 @@ class MonitoredFit:
         engine.ranks = Ranks()
         engine.schedule.end()
         self._observers.each(lambda observer: observer.finish(step))
-        self._outputs.finish(engine, step, self.losses, self._title)
+        self._outputs.finish(engine, step, self.losses, describe_optimizers(self._optimizers, engine.readings))

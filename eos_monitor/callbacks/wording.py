@@ -54,13 +54,23 @@ def group_names(optimizers: Sequence[Any]) -> list[str]:
     return names
 
 
-def describe_optimizers(optimizers: Sequence[Any]) -> str:
-    """Return the optimizers and their learning rates in words."""
+def describe_optimizers(optimizers: Sequence[Any], readings: Sequence[StabilityReading]) -> str:
+    """Return the optimizers in words, with the learning rates that readings were taken at, or those from and to."""
+    parts = []
+    stop = 0
+    for optimizer in optimizers:
+        start = stop
+        stop += len(learning_rates([optimizer]))
+        groups = list(zip(*(reading.lr[start:stop] for reading in readings if len(reading.lr) >= stop), strict=True))
+        rates = dict.fromkeys(_from_to(values) for values in groups)
+        parts.append(f"{type(optimizer).__name__}, lr {', '.join(rates) or 'of its own'}")
+    return " and ".join(parts)
 
-    def rates(optimizer: Any) -> str:
-        return ", ".join(dict.fromkeys(f"{rate:.3g}" for rate in learning_rates([optimizer]))) or "of its own"
 
-    return " and ".join(f"{type(optimizer).__name__}, lr {rates(optimizer)}" for optimizer in optimizers)
+def _from_to(values: Sequence[float]) -> str:
+    low = f"{min(values):.3g}"
+    high = f"{max(values):.3g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def describe_threshold(reading: StabilityReading) -> str:
