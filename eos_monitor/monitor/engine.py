@@ -236,6 +236,7 @@ class Engine:
                 sandbox=None if sandbox is None else sandbox(),
                 sum_over_ranks=self.ranks.sum,
                 pause=pause,
+                others=self.samples.others(device),
             )
 
         def smaller() -> bool:

@@ -93,13 +93,17 @@ class Gauge:
         sandbox: Sandbox | None = None,
         sum_over_ranks: SumOverRanks | None = None,
         pause: float | None = None,
+        others: Sequence[Any] = (),
     ) -> Measurement:
-        """Take one reading at the module's present parameters, in about ``pause`` seconds if that is given."""
+        """Take one reading at the module's present parameters, in about ``pause`` seconds if that is given.
+
+        ``others`` are training batches beside the probe, for what needs no solve.
+        """
         began = time.perf_counter()
         self._pause.begin(pause, sum_over_ranks)
         with preserve_rng():  # a DataLoader's iterator draws its seed from the global generator
             probe = list(batches)
-        subject = Subject(module, loss_fn, probe, optimizers, self._batch_size_fn, sandbox, sum_over_ranks)
+        subject = Subject(module, loss_fn, probe, optimizers, self._batch_size_fn, sandbox, sum_over_ranks, others)
         curvature, operator = subject.prepare(self._settings.method, self._step)
         trained = tuple(map(id, curvature.params))
         if trained != self._checked:  # thawed layers have never been looked at

@@ -38,7 +38,7 @@ class ProbeSamples:
         self._sizes: list[int] = []  # of what was collected
         self._in_use: int | None = None  # batches that readings are taken on; None for all
         self._cut = False  # a batch was collected in part
-        self._dropped = False
+        self._settled = False  # how many of them
         self._source = None if isinstance(probe.batches, str) else probe.batches
         self._chosen = probe.samples is None
         self._wanted = _MOST_SAMPLES if probe.samples is None else probe.samples
@@ -70,13 +70,18 @@ class ProbeSamples:
 
     @property
     def complete(self) -> bool:
-        """Whether all that was offered is in use, and whole."""
-        return self.whole and not self._dropped and not (self.small and len(self.batches) > 1)
+        """Whether readings are taken on all that was collected, and that is whole."""
+        return self.whole and not self.batches[self._first :]
 
     @property
     def small(self) -> bool:
         """Whether readings are taken on the first batch, until :meth:`grow`."""
-        return self._in_use is not None
+        return self._in_use is not None and not self._settled
+
+    @property
+    def _first(self) -> int:
+        """The first batch that readings are not taken on."""
+        return len(self.batches) if self._in_use is None else self._in_use
 
     def start_small(self) -> None:
         """Take readings on the first batch until :meth:`grow`, where the number of samples is not given."""
@@ -84,16 +89,14 @@ class ProbeSamples:
             self._in_use = 1
 
     def grow(self, factor: float) -> float:
-        """Use up to ``factor`` times as many batches as so far, and drop the rest; return the factor in effect."""
+        """Use up to ``factor`` times as many batches as so far, and collect no more; return the factor in effect."""
         if self._in_use is None or not self.batches:
             return 1.0
         before = self._in_use
-        after = max(before, min(len(self.batches), int(factor * before)))
-        self._dropped = after < len(self.batches) or self.collecting
-        self._in_use = None
+        self._in_use = max(before, min(len(self.batches), int(factor * before)))
+        self._settled = True
         self.close()
-        del self.batches[after:], self._sizes[after:]
-        return after / before
+        return self._in_use / before
 
     def share(self, processes: int) -> None:
         """Collect this process's part of the samples only."""
@@ -136,6 +139,10 @@ class ProbeSamples:
             with preserve_rng():
                 self.batches = self._given(self._source)
         return [move_batch(batch, device) for batch in self.batches[: self._in_use]]
+
+    def others(self, device: torch.device) -> list[Any]:
+        """Return the training batches that were collected beside those for a reading, on ``device``."""
+        return [move_batch(batch, device) for batch in self.batches[self._first :]]
 
     def _given(self, source: Iterable[Any]) -> list[Any]:
         """Return all batches of a source that has an end, and as many as are wanted of one that may have none."""

@@ -19,7 +19,8 @@ def with_state_gauges(
 ) -> StabilityReading:
     """Add batch sharpness, where its line is known, and the directional ratio, where some group has no threshold.
 
-    The batch sharpness is that of the probe's batches, which are training batches. A gauge that fails leaves a note.
+    The batch sharpness is that of the probe's batches, which are training batches, and of the others. A gauge that
+    fails leaves a note.
 
     Args:
         reading: Reading to add to.
@@ -42,9 +43,9 @@ def _with_batch_sharpness(
         found = batch_sharpness(
             subject.module,
             subject.loss_fn,
-            subject.batches,
+            [*subject.batches, *subject.others],
             params=trained_parameters(subject.optimizers),
-            rtol=0.0,  # the probe is what there is
+            rtol=0.0,  # they are what there is
             accumulate=accumulate,
             method=reading.method,
             sandbox=subject.sandbox,

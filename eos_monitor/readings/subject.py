@@ -29,6 +29,7 @@ class Subject:
         batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.
         sandbox: Sandbox to run in, when the module needs a special one.
         sum_over_ranks: Sum over the processes of a data-parallel run; None for one process.
+        others: Training batches beside the probe, for what needs no solve.
     """
 
     module: nn.Module
@@ -38,6 +39,7 @@ class Subject:
     batch_size_fn: Callable[[Any], int] | None = None
     sandbox: Sandbox | None = None
     sum_over_ranks: SumOverRanks | None = None
+    others: Sequence[Any] = ()
 
     def prepare(self, method: str, step: FiniteDifferenceStep | None) -> tuple[CriticalCurvature, HessianOperator]:
         """Return the optimizers' critical curvature, and the Hessian; on every process or on none.

@@ -103,6 +103,35 @@ def test_a_step_of_several_micro_batches_that_is_the_whole_epoch_is_read_whole(t
     assert not any(reading.full_batch for reading in monitor.readings)
 
 
+def test_batch_sharpness_is_of_all_batches_that_were_collected(tmp_path: Path) -> None:
+    """One batch has none with an error, and no verdict on minibatches comes without."""
+    monitor = EdgeOfStabilityMonitor(max_overhead=1e-3, alerts=())
+    fit([monitor], tmp_path, max_steps=5)
+    (reading,) = monitor.readings[:1]
+    assert reading.samples == 32
+    assert reading.batch_sharpness_error is not None
+    module = Slow()
+    sgd = torch.optim.SGD(module.parameters(), lr=0.05)
+    loader = DataLoader(data(512), 32, shuffle=True, generator=torch.Generator().manual_seed(2))
+    seen = []
+    for batch, _ in zip(loader, range(reading.step + 1), strict=False):
+        seen.append(batch)
+        if len(seen) <= reading.step:
+            sgd.zero_grad()
+            module.training_step(batch, 0).backward()
+            sgd.step()
+    values = []
+    for batch in seen:
+        loss = module.training_step(batch, 0)
+        params = list(module.parameters())
+        gradients = torch.autograd.grad(loss, params, create_graph=True)
+        flat = torch.cat([g.flatten() for g in gradients])
+        products = torch.autograd.grad(flat @ flat.detach(), params)
+        g = flat.detach()
+        values.append(float(g @ torch.cat([p.flatten() for p in products]) / g.square().sum()))
+    assert reading.batch_sharpness == pytest.approx(sum(values) / len(values), rel=1e-3)
+
+
 def test_a_plain_loop_starts_with_one_batch_and_grows() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 3))
