@@ -5,6 +5,7 @@ python gathering_run.py MONITOR EXCHANGE FOLDER
 
 import gc
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -56,22 +57,33 @@ class Net(pl.LightningModule):
 MONITORS = {
     "without": list,
     "edge": lambda: [EdgeOfStabilityMonitor(every_n_steps=2, probe=Probe(samples=16), alerts=())],
+    "cut": lambda: [EdgeOfStabilityMonitor(every_n_steps=2, probe=Probe(samples=16, max_pause=1e-9), alerts=())],
+    "grown": lambda: [EdgeOfStabilityMonitor(max_overhead=1.0, alerts=())],
     "cfl": lambda: [CFLMonitor(every_n_steps=2, probe=Probe(samples=16))],
     "perturbation": lambda: [PerturbationMonitor(at_steps=[2, 4], steps=4, every_n_steps=2, probe=Probe(samples=16))],
 }
+
+
+class Slow(pl.Callback):
+    """Steps that take their time, and a long run that is ended early."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        time.sleep(0.05)
+        trainer.should_stop = trainer.global_step >= 120
 
 
 def fit(monitor: str, exchange: str, folder: Path) -> dict[str, Any]:
     g = torch.Generator().manual_seed(1)
     data = torch.utils.data.TensorDataset(torch.randn(96, FEATURES, generator=g), torch.randint(CLASSES, (96,)))
     callbacks = MONITORS[monitor]()  # type: ignore[operator]
+    watched = [*callbacks, Slow()] if monitor == "grown" else callbacks
     trainer = pl.Trainer(
-        max_steps=STEPS,
+        max_steps=100_000 if monitor == "grown" else STEPS,
         accelerator="cpu",
         devices=2,
         strategy="ddp",
         logger=False,
-        callbacks=callbacks,
+        callbacks=watched,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -82,7 +94,7 @@ def fit(monitor: str, exchange: str, folder: Path) -> dict[str, Any]:
     found = {"weights": [p.detach().clone() for p in net.parameters()], "rank": trainer.global_rank, "off": {}}
     for callback in callbacks:
         found["readings"] = getattr(callback, "readings", None)
-        found["off"] = dict(callback._engine.guard.off if monitor == "edge" else callback.guard.off)
+        found["off"] = dict(callback._engine.guard.off if monitor in ("edge", "cut", "grown") else callback.guard.off)
         found["measured"] = len(getattr(callback, "runs", ())) + len(getattr(callback, "estimates", ()))
     return found
 

@@ -54,6 +54,24 @@ def test_readings_of_all_processes_exchange_as_training_does(tmp_path: Path) -> 
     assert monitored[0]["off"] == {}
 
 
+@pytest.mark.slow
+def test_readings_of_all_processes_are_cut_off_together(tmp_path: Path) -> None:
+    first, second = (result["readings"] for result in launch("cut", "lightning", tmp_path / "cut"))
+    assert [r.edge_ratio for r in first] == [r.edge_ratio for r in second]
+    assert len(first) >= 5
+    assert {r.matvecs for r in first} == {3}
+    assert not any(r.converged for r in first)
+
+
+@pytest.mark.slow
+def test_the_probe_grows_on_all_processes_together(tmp_path: Path) -> None:
+    first, second = (result["readings"] for result in launch("grown", "lightning", tmp_path / "grown"))
+    assert [(r.step, r.samples, r.edge_ratio) for r in first] == [(r.step, r.samples, r.edge_ratio) for r in second]
+    assert first[0].samples == 8  # a batch of 4 on each
+    assert first[0].step == 3
+    assert first[-1].samples > 8
+
+
 def test_a_plain_loop_around_data_parallelism_is_measured_on_each_process(tmp_path: Path) -> None:
     without = launch("loop-without", "none", tmp_path / "without")
     monitored = launch("loop-probe", "none", tmp_path / "with")
