@@ -64,6 +64,7 @@ class StepGradient:
         self._generators: Generators | None = None  # where a claim hangs on their being left alone
         self._states: list[Any] = []
         self._repeats = False
+        self._draws = False  # at random
 
     def before_batch(self, batch: Any, *, read: bool) -> None:
         """Differentiate the measured loss, if the step's gradient will be that of this batch.
@@ -128,8 +129,10 @@ class StepGradient:
         self._batches = 0
         self._versions = self._versions_now()
         self._repeats = False
+        self._draws = False
         if self._engine.match.suspicious and not self._given and self._steps_are_the_loss():
             self._repeats = is_repeated(self._loss.function, batch, self._sandbox())
+            self._draws = not self._repeats
             self._generators = Generators(self._module, leave_out=(self._trainer,)) if self._repeats else None
             self._states = self._generators.states() if self._generators is not None else []
 
@@ -144,7 +147,7 @@ class StepGradient:
         generators = self._generators
         repeats = self._repeats and generators is not None and generators.states() == self._states
         self._generators = None
-        self._engine.match.add(found, repeats=repeats)
+        self._engine.match.add(found, draws=self._draws, repeats=repeats)
 
     def _steps_are_the_loss(self) -> bool:
         """Whether nothing but the loss can have given the gradients that a step takes."""

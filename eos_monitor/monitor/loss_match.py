@@ -21,6 +21,12 @@ _SAME = 1e-3  # relative difference of two factors that are one, beside what is 
 _TELLING = 3.0  # how much more the length of the gradient has to change meanwhile
 _OTHER = 0.9  # cosine beneath which the direction is another one; short of that, noise or a small term explains it
 _TURNED = 2  # steps of another direction until it is told
+# Dropout and the like turn both gradients at random, and lengthen both alike: of their lengths a factor of two says
+# something in three steps that agree, if the measured loss draws too and nothing but the loss gave the step's gradient.
+_NOISY = 0.6  # cosine
+_FAR = 2.0
+_NOISY_STEPS = 3
+_ALIKE = 1.25  # the longest of their ratios over the shortest
 _MOST_SCALED = 8  # comparisons that may have a factor
 _MOST_UNCLEAR = 3  # and that say nothing
 
@@ -40,6 +46,16 @@ class Agreement:
     cosine: float
     rest: float
     length: float
+
+    @property
+    def ratio(self) -> float:
+        """‖s‖ / ‖g‖; 0 where they are at right angles."""
+        return self.factor / self.cosine if self.cosine else 0.0
+
+    @property
+    def is_far(self) -> bool:
+        """Whether the directions are alike, and the lengths are not."""
+        return self.cosine > _NOISY and abs(math.log(self.ratio)) > math.log(_FAR)
 
 
 def agreement(
@@ -91,14 +107,18 @@ class LossMatch:
         self.suspicious = False
         self._guard = guard
         self._scaled: list[Agreement] = []
+        self._noisy: list[float] = []
         self._turned = 0
         self._unclear = 0
 
-    def add(self, found: Agreement | None, *, repeats: bool = False, tolerance: float = LOOSE) -> None:
+    def add(
+        self, found: Agreement | None, *, draws: bool = False, repeats: bool = False, tolerance: float = LOOSE
+    ) -> None:
         """Take in a comparison.
 
         Args:
             found: The comparison.
+            draws: Whether the loss draws at random, as the step's does, and nothing but the loss gave its gradient.
             repeats: Whether the step would have had the same gradient again, and nothing but the loss gave it.
             tolerance: How much of the step's gradient may be left over where it counts as the loss's.
         """
@@ -106,6 +126,8 @@ class LossMatch:
             return
         if found is not None and found.rest <= tolerance:
             self._add_aligned(found)
+        elif found is not None and not repeats and found.is_far:
+            self._add_noisy(found, draws)
         elif found is not None and found.cosine < _OTHER and (repeats or not self.suspicious):
             self.suspicious = True
             self._turned += repeats
@@ -123,6 +145,17 @@ class LossMatch:
             self._say(*_scaled(found.factor))
         self._scaled.append(found)
         self.open = self.open and len(self._scaled) < _MOST_SCALED
+
+    def _add_noisy(self, found: Agreement, draws: bool) -> None:
+        self.open = draws or not self.suspicious
+        self.suspicious = True
+        self._noisy += [found.ratio] if draws else []
+        if len(self._noisy) < _NOISY_STEPS:
+            return
+        self.open = False
+        if max(self._noisy) <= _ALIKE * min(self._noisy):
+            note, advice = _scaled(sorted(self._noisy)[_NOISY_STEPS // 2], digits=2)
+            self._say(f"{note} (about: the loss draws at random, and the gradients' lengths are compared)", advice)
 
     def noted(self, notes: tuple[str, ...]) -> tuple[str, ...]:
         """Return the notes of a reading with what was found."""
@@ -167,17 +200,19 @@ def _same_factor(one: Agreement, other: Agreement) -> bool:
     )
 
 
-def _scaled(factor: float) -> tuple[str, str]:
+def _scaled(factor: float, digits: int = 3) -> tuple[str, str]:
     """Return the note of a loss off the steps' scale, and what to do."""
-    off = f"{1 / factor:.3g} times the true one"
+    times = f"{factor:.{digits}g}"
+    inverse = f"{1 / factor:.{digits}g}"
+    off = f"{inverse} times the true one"
     if factor > 1.0:
-        off = f"{factor:.3g} times too low"
+        off = f"{times} times too low"
     elif factor > 0.0:
-        off = f"{1 / factor:.3g} times too high"
+        off = f"{inverse} times too high"
     return (
-        f"the loss that is measured is off the scale of the steps: they take a gradient {factor:.3g} times its own, so "
-        f"that the edge ratio read is {off}",
-        f"Pass as loss_fn the mean loss of a step: the one measured, times {factor:.3g}.",
+        f"the loss that is measured is off the scale of the steps: they take a gradient {times} times its own, so that "
+        f"the edge ratio read is {off}",
+        f"Pass as loss_fn the mean loss of a step: the one measured, times {times}.",
     )
 
 

@@ -1,6 +1,7 @@
 """A loss off the scale of a Trainer's steps, or another loss than theirs, is told; what steps do beside it is not."""
 
 import importlib
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,11 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 def net(kind: str = "plain") -> nn.Module:
     torch.manual_seed(1)
-    middle: list[nn.Module] = {"dropout": [nn.Dropout(0.5)], "norm": [nn.BatchNorm1d(8)]}.get(kind, [])
+    middle: list[nn.Module] = {
+        "dropout": [nn.Dropout(0.5)],
+        "slight dropout": [nn.Dropout(0.1)],
+        "norm": [nn.BatchNorm1d(8)],
+    }.get(kind, [])
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), *middle, nn.Linear(8, 1))
 
 
@@ -158,6 +163,16 @@ def test_a_loss_off_the_scale_of_the_steps_is_told_with_the_factor(case: Any) ->
     assert any(f"gradient {factor:.3g} times" in note for note in monitor.readings[-1].notes)
 
 
+def test_a_factor_is_told_of_a_loss_with_dropout() -> None:
+    """The masks differ, and no two gradients are alike in direction."""
+    monitor, messages, _ = fit(mean_loss, lambda m, b: mean_loss(m, b) / 4, kind="slight dropout", epochs=24)
+    assert len(messages) == 1
+    factor = float(re.findall(r"a gradient (\S+) times its own", messages[0])[0])
+    assert factor == pytest.approx(4.0, rel=0.25)
+    assert "about" in messages[0]
+    assert any("off the scale" in note for note in monitor.readings[-1].notes)
+
+
 def test_the_factor_leads_to_the_edge_ratio_of_the_training() -> None:
     off, _, _ = fit(in_chunks, quarter, manual=True)
     true, messages, _ = fit(in_chunks, mean_loss, manual=True)
@@ -244,6 +259,12 @@ HARMLESS = {
     "the training step": (mean_loss, None, {}),
     "the same loss": (mean_loss, mean_loss, {}),
     "dropout": (mean_loss, mean_loss, {"kind": "dropout"}),
+    "dropout, longer": (mean_loss, mean_loss, {"kind": "slight dropout", "epochs": 24}),
+    "noise in the step, dropout": (
+        noisy(lambda m, x: x + 0.5 * torch.randn_like(x)),
+        mean_loss,
+        {"kind": "slight dropout", "epochs": 24},
+    ),
     "dropout, the training step": (mean_loss, None, {"kind": "dropout"}),
     "batch norm": (mean_loss, mean_loss, {"kind": "norm"}),
     "minibatches": (mean_loss, mean_loss, {"batch_size": 10, "shuffle": True, "epochs": 5}),
