@@ -141,12 +141,14 @@ class Recycled:
         block: Leading Ritz vectors, ``(n, j)``.
         scout: The Ritz vector that comes after them, ``(n,)``; None if there is none.
         open: By how much an eigenvalue that was not found may exceed the last one of ``spectrum``.
+        raised: By how much an audit raised the largest eigenvalue.
     """
 
     spectrum: Spectrum
     block: Tensor
     scout: Tensor | None
     open: float
+    raised: float = 0.0
 
 
 def lanczos_recycled(
@@ -180,6 +182,7 @@ def lanczos_recycled(
     basis = Basis(operator, operator.size, _capacity(operator.size, k), generator=generator)
     stop = _Stop(rtol, atol, shift, reachable, late)
     spectrum, theta, s = _iterate(basis, block, k, stop, max_matvecs if budget is None else budget)
+    before = float(theta[0])
     wanted = None
     if audit is not None and spectrum.converged and basis.count < basis.n:
         columns = 0 if block is None else block.shape[1]
@@ -206,7 +209,8 @@ def lanczos_recycled(
         kept = max(kept, min(width, len(theta) - 1))
     vectors = basis.ritz_vectors(s, min(kept + 1, s.shape[1]))
     scout = vectors[kept] if len(vectors) > kept else None
-    return Recycled(spectrum, vectors[:kept].T, scout, max(0.0, bound - float(theta[min(k, len(theta)) - 1])))
+    left = max(0.0, bound - float(theta[min(k, len(theta)) - 1]))
+    return Recycled(spectrum, vectors[:kept].T, scout, left, float(theta[0]) - before)
 
 
 def _settle(basis: Basis, audit: Audit, k: int, columns: int, stop: _Stop, most: int) -> int:

@@ -42,6 +42,21 @@ def test_no_converged_reading_of_many_is_off(course: Callable) -> None:
     assert found == []
 
 
+@pytest.mark.parametrize(
+    ("course", "n", "seed", "decay"),
+    [
+        ("crossing", 400, 18, 3.0),  # not audited, but for the audit before that had found something
+        ("crossing", 4000, 21, 3.0),  # the audit left open what mattered
+        ("few_ranks", 400, 24, 0.0),  # at the floor, where nothing is relative
+        ("turning", 40, 27, 0.0),  # in a plane that its products hardly leave
+        ("collapsing", 4000, 0, 0.0),  # another mode took the top's place, and was not the largest
+    ],
+)
+def test_what_audits_of_fewer_solves_had_missed(course: str, n: int, seed: int, decay: float) -> None:
+    chosen = next(one for one in COURSES if one.__name__ == course)
+    assert wrong(Case(chosen, n, seed, decay, dtype(seed)).run()) == []
+
+
 class Vector(nn.Module):
     def __init__(self, n: int, dtype: torch.dtype) -> None:
         super().__init__()
