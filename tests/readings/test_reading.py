@@ -618,7 +618,8 @@ def test_start_vector_saves_products(as_block: bool) -> None:
     found = read(net, sgd, v0=top[:, None] if as_block else top)
     assert found.edge_ratio == pytest.approx(1.0)
     assert found.residual == 0.0
-    assert found.matvecs <= 15 < read(net, sgd).matvecs  # one to see that it has converged, the others to look beyond
+    # One to see that it has converged, and up to seventeen to look beyond.
+    assert found.matvecs <= 18 < read(net, sgd).matvecs
 
 
 def test_several_optimizers_in_any_iterable() -> None:
