@@ -65,3 +65,12 @@ def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         threads = {name for name in threads if not name.startswith("ThreadPoolExecutor")}
     assert not threads, f"threads left: {threads}"
     assert not new, f"left behind: {new}"
+
+
+@pytest.fixture
+def in_a_folder_without_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_figure(*args: object) -> None:
+        raise ImportError  # a second each, and not what is asked here
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("eos_monitor.dashboard.figures.run_figure", no_figure)

@@ -93,7 +93,7 @@ class Gauge:
         sandbox: Sandbox | None = None,
         sum_over_ranks: SumOverRanks | None = None,
         pause: float | None = None,
-        others: Sequence[Any] = (),
+        others: Iterable[Any] = (),
     ) -> Measurement:
         """Take one reading at the module's present parameters, in about ``pause`` seconds if that is given.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -140,9 +140,9 @@ class ProbeSamples:
                 self.batches = self._given(self._source)
         return [move_batch(batch, device) for batch in self.batches[: self._in_use]]
 
-    def others(self, device: torch.device) -> list[Any]:
-        """Return the training batches that were collected beside those for a reading, on ``device``."""
-        return [move_batch(batch, device) for batch in self.batches[self._first :]]
+    def others(self, device: torch.device) -> Iterator[Any]:
+        """Yield the training batches that were collected beside those for a reading, on ``device``."""
+        return (move_batch(batch, device) for batch in self.batches[self._first :])
 
     def _given(self, source: Iterable[Any]) -> list[Any]:
         """Return all batches of a source that has an end, and as many as are wanted of one that may have none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class Subject:
     batch_size_fn: Callable[[Any], int] | None = None
     sandbox: Sandbox | None = None
     sum_over_ranks: SumOverRanks | None = None
-    others: Sequence[Any] = ()
+    others: Iterable[Any] = ()
 
     def prepare(self, method: str, step: FiniteDifferenceStep | None) -> tuple[CriticalCurvature, HessianOperator]:
         """Return the optimizers' critical curvature, and the Hessian; on every process or on none.

@@ -10,18 +10,10 @@ from torch import nn
 
 from eos_monitor import CFLMonitor, EdgeOfStabilityMonitor, PerturbationMonitor, Probe, StabilityProbe
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_without_figures")
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 LATENT = 3
 RATES = (0.05, 0.02)
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_figure(*args: Any) -> None:
-        raise ImportError  # a second each, and not what is asked here
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("eos_monitor.dashboard.figures.run_figure", no_figure)
 
 
 def data() -> torch.Tensor:

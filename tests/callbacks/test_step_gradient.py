@@ -14,6 +14,7 @@ from torch import nn
 
 from eos_monitor import EdgeOfStabilityMonitor, Probe
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_without_figures")
 NAMESPACE = "lightning.pytorch"
 N = 40
 CHUNKS = 5
@@ -85,15 +86,6 @@ def fit(
             **trainer,
         ).fit(module, loader)
     return monitor, [str(w.message) for w in caught if "eos_monitor" in str(w.message)], module
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_figure(*args: Any) -> None:
-        raise ImportError  # a second each, and not what is asked here
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("eos_monitor.dashboard.figures.run_figure", no_figure)
 
 
 def quarter(module: Any, batch: Any) -> torch.Tensor:

@@ -9,22 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from eos_monitor import HessianOperator, measure_stability
 from eos_monitor.isolation.sandbox import Sandbox
-
-
-class Counted(TorchDispatchMode):
-    """Counts all operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
+from tests.operators import Counted
 
 
 class Recorder(nn.Module):

@@ -1,14 +1,12 @@
 """Updates in numbers, against NumPy."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from eos_monitor.verdicts.projector import UpdateProjector, movement
+from tests.operators import Counted
 
 
 def params_of(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -153,16 +151,6 @@ def test_a_run_at_zero_has_updates_of_absolute_size() -> None:
     assert movement([4.0, 16.0, float("nan"), 2.0]) == (0.5, None, 2.0)
 
 
-class _Counted(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_operators_of_a_step_do_not_grow_with_a_large_net() -> None:
     """Twice the coordinates, the same number of operators, and the numbers are those of plain arithmetic."""
 
@@ -170,7 +158,7 @@ def test_operators_of_a_step_do_not_grow_with_a_large_net() -> None:
         p = nn.Parameter(torch.full((size,), 2.0))
         projector = UpdateProjector([p, nn.Parameter(torch.ones(5))])
         projector.project_on(torch.ones(size + 5))
-        with _Counted() as counted:
+        with Counted() as counted:
             projector.before()
             with torch.no_grad():
                 p.add_(0.5)  # exact in float32, and so are its sums below 2^24 units
