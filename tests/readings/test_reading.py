@@ -300,13 +300,8 @@ FOLLOWED: dict[str, tuple[str, Callable[[list[Optimizer]], None]]] = {
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_common_factor_is_followed_exactly(name: str) -> None:
     """The reading carried over equals a reading taken anew at the changed settings."""
-    setting, change = FOLLOWED[name]
-    problem = make("unequal-batches")
-    optimizers = SETTINGS[setting](problem.module)
-    train(problem, optimizers, 40)
-    before = measured(problem, optimizers)
-    change(optimizers)
-    after, anew = before.at(optimizers), measured(problem, optimizers).reading
+    problem, optimizers, before, after = carried(*FOLLOWED[name])
+    anew = measured(problem, optimizers).reading
     assert not after.stale
     for field in (
         "edge_ratio",
@@ -336,6 +331,18 @@ def test_error_scales_with_the_ratio() -> None:
     assert after.residual == before.reading.residual  # relative
 
 
+def carried(
+    setting: str, change: Callable[[list[Optimizer]], Any]
+) -> tuple[Any, list[Optimizer], Any, StabilityReading]:
+    """Train, measure and change the optimizers; return the measurement, and its reading at what they are now."""
+    problem = make("unequal-batches")
+    optimizers = SETTINGS[setting](problem.module)
+    train(problem, optimizers, 40)
+    before = measured(problem, optimizers)
+    change(optimizers)
+    return problem, optimizers, before, before.at(optimizers)
+
+
 NOT_FOLLOWED: dict[str, tuple[str, Callable[[list[Optimizer]], Any]]] = {
     "momentum-of-one-group": ("sgd-groups", set_all("momentum", 0.9, 0.5)),
     "lr-of-one-group": ("sgd-groups", scale_lr(1.0, 2.0)),
@@ -348,13 +355,7 @@ NOT_FOLLOWED: dict[str, tuple[str, Callable[[list[Optimizer]], Any]]] = {
 
 @pytest.mark.parametrize("name", NOT_FOLLOWED)
 def test_other_changes_make_the_reading_stale(name: str) -> None:
-    setting, change = NOT_FOLLOWED[name]
-    problem = make("unequal-batches")
-    optimizers = SETTINGS[setting](problem.module)
-    train(problem, optimizers, 40)
-    before = measured(problem, optimizers)
-    change(optimizers)
-    after = before.at(optimizers)
+    _, _, before, after = carried(*NOT_FOLLOWED[name])
     assert after.stale
     assert after.edge_ratio == before.reading.edge_ratio
 
@@ -368,13 +369,7 @@ BOUNDED: dict[str, tuple[str, Callable[[list[Optimizer]], Any]]] = {
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_rates_that_moved_nearly_alike_are_carried_and_the_rest_is_in_the_error(name: str) -> None:
-    setting, change = BOUNDED[name]
-    problem = make("unequal-batches")
-    optimizers = SETTINGS[setting](problem.module)
-    train(problem, optimizers, 40)
-    before = measured(problem, optimizers)
-    change(optimizers)
-    after = before.at(optimizers)
+    problem, optimizers, _, after = carried(*BOUNDED[name])
     assert not after.stale
     true = float(dense_ratios(problem, optimizers)[0])
     assert after.edge_ratio == pytest.approx(true, rel=5e-3)  # half of what the bounds may differ by
