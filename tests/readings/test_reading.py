@@ -300,7 +300,7 @@ FOLLOWED: dict[str, tuple[str, Callable[[list[Optimizer]], None]]] = {
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_common_factor_is_followed_exactly(name: str) -> None:
     """The reading carried over equals a reading taken anew at the changed settings."""
-    problem, optimizers, before, after = carried(*FOLLOWED[name])
+    problem, optimizers, before, after = carried_over(*FOLLOWED[name])
     anew = measured(problem, optimizers).reading
     assert not after.stale
     for field in (
@@ -331,7 +331,7 @@ def test_error_scales_with_the_ratio() -> None:
     assert after.residual == before.reading.residual  # relative
 
 
-def carried(
+def carried_over(
     setting: str, change: Callable[[list[Optimizer]], Any]
 ) -> tuple[Any, list[Optimizer], Any, StabilityReading]:
     """Train, measure and change the optimizers; return the measurement, and its reading at what they are now."""
@@ -355,7 +355,7 @@ NOT_FOLLOWED: dict[str, tuple[str, Callable[[list[Optimizer]], Any]]] = {
 
 @pytest.mark.parametrize("name", NOT_FOLLOWED)
 def test_other_changes_make_the_reading_stale(name: str) -> None:
-    _, _, before, after = carried(*NOT_FOLLOWED[name])
+    _, _, before, after = carried_over(*NOT_FOLLOWED[name])
     assert after.stale
     assert after.edge_ratio == before.reading.edge_ratio
 
@@ -369,7 +369,7 @@ BOUNDED: dict[str, tuple[str, Callable[[list[Optimizer]], Any]]] = {
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_rates_that_moved_nearly_alike_are_carried_and_the_rest_is_in_the_error(name: str) -> None:
-    problem, optimizers, _, after = carried(*BOUNDED[name])
+    problem, optimizers, _, after = carried_over(*BOUNDED[name])
     assert not after.stale
     true = float(dense_ratios(problem, optimizers)[0])
     assert after.edge_ratio == pytest.approx(true, rel=5e-3)  # half of what the bounds may differ by
